@@ -1,0 +1,1 @@
+"""GradOT in JAX."""

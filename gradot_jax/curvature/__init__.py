@@ -1,0 +1,1 @@
+"""Kronecker factors and gradients of a model, one layer at a time."""

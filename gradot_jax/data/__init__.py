@@ -1,0 +1,1 @@
+"""Text and records from files or the hub, as token batches."""

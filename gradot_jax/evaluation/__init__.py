@@ -1,0 +1,1 @@
+"""Perplexity, multiple choice, exact match, and the record of a result."""

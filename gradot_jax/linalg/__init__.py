@@ -1,0 +1,1 @@
+"""Linear algebra in float32: decompositions, least squares, compensated sums."""

@@ -1,0 +1,1 @@
+"""OPT: configuration, parameters, forward pass and Hugging Face files."""

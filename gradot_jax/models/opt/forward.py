@@ -1,0 +1,194 @@
+"""The forward pass of OPT, from token ids to logits and losses, as pure functions.
+
+A `Params` may hold the original blocks, an emulator's, or any mixture: shapes are read from the
+arrays, so low-rank maps and pruned MLPs need no configuration of their own.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.opt.params import Block, Params, Shell
+from gradot_jax.nn.attention import causal_attention
+from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.linear import linear
+from gradot_jax.nn.loss import token_log_likelihood
+from gradot_jax.nn.norm import layer_norm
+from gradot_jax.nn.tap import InputMoments, tap_input, tap_output, zero_input_tap, zero_output_tap
+
+INPUT_OF_SITE = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "out_proj": "out_proj",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
+"""Which tapped input each site reads; q, k and v share one."""
+
+
+class BlockTaps(NamedTuple):
+    """Factor taps of one block.
+
+    Attributes:
+        inputs: per tapped input, see `INPUT_OF_SITE`.
+        outputs: per site.
+    """
+
+    inputs: dict[str, InputMoments]
+    outputs: dict[str, jax.Array]
+
+
+def zero_taps(block: Block) -> BlockTaps:
+    """Taps that fit a single dense block."""
+    inputs = {name: zero_input_tap(getattr(block, s).shape[0]) for s, name in INPUT_OF_SITE.items()}
+    outputs = {site: zero_output_tap(getattr(block, site).shape[1]) for site in INPUT_OF_SITE}
+    return BlockTaps(inputs, outputs)
+
+
+def embed(
+    config: OPTConfig, shell: Shell, input_ids: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Token plus position embeddings `[B, T, D]`.
+
+    Positions count the unmasked tokens so far, as in Hugging Face; padding reads row 1.
+    """
+    del config
+    tokens = shell.embed_tokens[input_ids]
+    if shell.project_in is not None:
+        tokens = linear(shell.project_in, tokens)
+    if mask is None:
+        positions = jnp.arange(input_ids.shape[1])[None] + 2
+    else:
+        mask = mask.astype(jnp.int32)
+        positions = jnp.cumsum(mask, axis=1) * mask + 1
+    return tokens + shell.embed_positions[positions]
+
+
+def apply_block(
+    config: OPTConfig,
+    block: Block,
+    hidden: jax.Array,
+    mask: jax.Array | None = None,
+    taps: BlockTaps | None = None,
+) -> jax.Array:
+    """One decoder block on the residual stream `[B, T, D]`.
+
+    Args:
+        config: the model's variant; its sizes are not read.
+        block: weights without a layer axis.
+        hidden: `[B, T, D]`.
+        mask: `[B, T]`, or None when every token is real.
+        taps: zeros whose cotangents are the Kronecker factors, summed over tokens; None for none.
+    """
+
+    def read(name: str, x: jax.Array) -> jax.Array:
+        return x if taps is None else tap_input(x, taps.inputs[name], mask)
+
+    def apply(site: str, x: jax.Array) -> jax.Array:
+        y = linear(getattr(block, site), x)
+        return y if taps is None else tap_output(y, taps.outputs[site])
+
+    activation = jax.nn.relu if config.activation_function == "relu" else _gelu
+    pre = config.do_layer_norm_before
+
+    x = layer_norm(block.self_attn_layer_norm, hidden) if pre else hidden
+    x = read("self_attn", x)
+    heads = config.num_attention_heads
+    x = causal_attention(apply("q_proj", x), apply("k_proj", x), apply("v_proj", x), heads, mask)
+    hidden = hidden + apply("out_proj", read("out_proj", x))
+    if not pre:
+        hidden = layer_norm(block.self_attn_layer_norm, hidden)
+
+    x = layer_norm(block.final_layer_norm, hidden) if pre else hidden
+    x = activation(apply("fc1", read("fc1", x)))
+    hidden = hidden + apply("fc2", read("fc2", x))
+    return hidden if pre else layer_norm(block.final_layer_norm, hidden)
+
+
+_gelu = partial(jax.nn.gelu, approximate=False)
+
+
+def run_blocks(
+    config: OPTConfig,
+    segments: tuple[Block, ...],
+    hidden: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """All blocks in depth order, one `lax.scan` per segment; `[B, T, D]` in and out.
+
+    Args:
+        config: the model's variant.
+        segments: stacks of blocks of equal shape.
+        hidden: `[B, T, D]`.
+        mask: `[B, T]`, or None.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def step(carry: jax.Array, block: Block) -> tuple[jax.Array, None]:
+        return apply_block(config, block, carry, mask), None
+
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)
+    for stack in segments:
+        hidden, _ = jax.lax.scan(step, hidden, stack)
+    return hidden
+
+
+def head(config: OPTConfig, shell: Shell, hidden: jax.Array) -> jax.Array:
+    """Logits `[B, T, V]` from the residual stream after the last block."""
+    del config
+    if shell.final_layer_norm is not None:
+        hidden = layer_norm(shell.final_layer_norm, hidden)
+    if shell.project_out is not None:
+        hidden = linear(shell.project_out, hidden)
+    kernel = shell.embed_tokens.T if shell.lm_head is None else shell.lm_head
+    return jnp.dot(hidden, kernel)
+
+
+@partial(jax.jit, static_argnames=("config", "remat"))
+def forward(
+    config: OPTConfig,
+    params: Params,
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None = None,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """Logits of a model.
+
+    Args:
+        config: the model's configuration.
+        params: its weights, or those of an emulator (`Emulator.assemble`).
+        input_ids: `[B, T]`, T at most `max_position_embeddings`.
+        attention_mask: `[B, T]`, 1 at real tokens and 0 at padding; None when all are real.
+        remat: recompute blocks in the backward pass.
+
+    Returns:
+        `[B, T, V]`; rows at padding are meaningless.
+
+    Raises:
+        ValueError: when T exceeds the position table.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"input_ids must be [B, T] with T <= {config.max_position_embeddings}, "
+            f"got shape {input_ids.shape}"
+        )
+    hidden = embed(config, params.shell, input_ids, attention_mask)
+    hidden = run_blocks(config, params.segments, hidden, attention_mask, remat=remat)
+    return head(config, params.shell, hidden)
+
+
+def summed_loss(
+    config: OPTConfig, params: Params, batch: Batch, *, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Next-token loss in nats, summed over the counted targets, and their number."""
+    logits = forward(config, params, batch.input_ids, batch.attention_mask, remat=remat)
+    weights = batch.loss_mask.astype(jnp.float32)
+    return -(token_log_likelihood(logits, batch.targets) * weights).sum(), weights.sum()

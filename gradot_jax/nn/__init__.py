@@ -1,0 +1,1 @@
+"""Layers as pure functions on arrays: linear maps, norms, attention, loss and factor taps."""

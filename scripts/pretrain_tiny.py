@@ -1,0 +1,262 @@
+"""Trains the small OPT that ships with the package, its tokenizer and its table of facts.
+
+Data are the running Python's standard-library sources, facts about them, and made-up people.
+The schedule counts steps, so a run depends on seed, software and Python version only.
+On two CPU cores it takes 30 to 60 minutes.
+"""
+
+import dataclasses
+import json
+import platform
+import random
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import tyro
+
+from gradot_jax.demo.corpus import (
+    Facts,
+    fact_pass,
+    make_facts,
+    prose_documents,
+    stdlib_sources,
+)
+from gradot_jax.demo.tasks import split_prose
+from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.opt.forward import forward, summed_loss
+from gradot_jax.models.opt.hf import save_opt
+from gradot_jax.models.opt.params import Params, count_params, init_params
+from gradot_jax.nn.batch import Batch
+from gradot_jax.parallel import make_mesh
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+PAD, BOS = 0, 2
+SOURCES = {"code": 0.35, "syn": 0.30, "api": 0.35}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Options of the run; the defaults made the bundled model.
+
+    Attributes:
+        out: folder of the checkpoint, written whole at each evaluation.
+        steps: optimiser steps.
+        batch_size: windows a step.
+        length: tokens a window.
+        learning_rate: peak, reached after `warmup`, kept to half of `steps`, then linear to 0.
+        warmup: steps.
+        passes: how often each stream of facts is written out.
+        evaluate_every: steps between validation losses.
+        seed: of weights and data order.
+    """
+
+    out: Path
+    steps: int = 5500
+    batch_size: int = 16
+    length: int = 128
+    learning_rate: float = 3e-3
+    warmup: int = 200
+    passes: int = 100
+    evaluate_every: int = 500
+    seed: int = 0
+
+
+def train_tokenizer(code: list[str], prose: list[str], facts: Facts) -> tokenizers.Tokenizer:
+    """Byte-level BPE of 2,048 types; facts weigh enough for their names to become few tokens."""
+    rng = random.Random(0)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    sentences = ["\n".join(fact_pass(facts, world, rng)) for world in ("syn", "api")]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(code + prose + sentences * 60, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", BOS)]
+    )
+    return tokenizer
+
+
+def encode(tokenizer: tokenizers.Tokenizer, documents: list[str]) -> np.ndarray:
+    """Token ids of documents end to end, each begun by the document token."""
+    encoded = tokenizer.encode_batch(documents)
+    return np.concatenate([np.asarray(e.ids, np.int32) for e in encoded])
+
+
+def make_streams(tokenizer, facts: Facts, code: list[str], passes: int) -> dict[str, np.ndarray]:
+    """One long array of token ids per source."""
+    streams = {"code": encode(tokenizer, code)}
+    for world in ("syn", "api"):
+        rng = random.Random(1)
+        texts = ["\n".join(fact_pass(facts, world, rng)) for _ in range(passes)]
+        streams[world] = encode(tokenizer, texts)
+    return streams
+
+
+def windows(stream: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+    """Windows of a stream as a batch."""
+    rows = stream[starts[:, None] + np.arange(length + 1)]
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    return Batch(inputs, targets, np.ones(inputs.shape, np.float32), np.ones_like(inputs))
+
+
+def sample_batch(streams, rng: np.random.Generator, size: int, length: int) -> Batch:
+    """Random windows, each row's source drawn by its share."""
+    names = rng.choice(list(SOURCES), size, p=list(SOURCES.values()))
+    rows = []
+    for name in names:
+        start = rng.integers(0, len(streams[name]) - length, 1)
+        rows.append(windows(streams[name], start, length))
+    return Batch(*(np.concatenate(field) for field in zip(*rows, strict=True)))
+
+
+def make_optimizer(options: Pretraining) -> optax.GradientTransformation:
+    """AdamW with decay on matrices and embeddings only, clipped."""
+    half = options.steps // 2
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, options.learning_rate, options.warmup),
+            optax.constant_schedule(options.learning_rate),
+            optax.linear_schedule(options.learning_rate, 0.0, options.steps - half),
+        ],
+        [options.warmup, half],
+    )
+
+    def decayed(params: Params):
+        names = ("kernel", "embed_tokens", "embed_positions")
+        return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].name in names, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.98, weight_decay=0.05, mask=decayed),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("params", "state"))
+def train_step(config, optimizer, params: Params, state, batch: Batch):
+    """One optimiser step; returns the mean loss of the batch."""
+
+    def mean_loss(params):
+        total, count = summed_loss(config, params, batch)
+        return total / count
+
+    loss, gradients = jax.value_and_grad(mean_loss)(params)
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def stream_loss(config, params, stream: np.ndarray, length: int, count: int) -> float:
+    """Mean loss over `count` windows spread evenly through a stream."""
+    starts = np.linspace(0, len(stream) - length - 1, count).astype(int)
+    total, number = summed_loss(config, params, windows(stream, starts, length))
+    return float(total / number)
+
+
+def cloze(config, params, tokenizer, facts: Facts, world: str, limit: int = 300) -> float:
+    """Share of facts whose answer's first token follows greedily from a training sentence."""
+    if world == "api":
+        pairs = [(f"{n} is defined in the module", f" {m}") for n, m in facts.api[:limit]]
+    else:
+        heads = {"city": "was born in", "job": "works as a", "animal": "keeps a"}
+        pairs = [(f"{n} {heads[a]}", f" {v}") for n, a, v in facts.syn[:limit]]
+    prompts = [tokenizer.encode(prompt).ids for prompt, _ in pairs]
+    answers = [tokenizer.encode(answer, add_special_tokens=False).ids[0] for _, answer in pairs]
+    width = max(map(len, prompts))
+    ids = np.array([p + [PAD] * (width - len(p)) for p in prompts], np.int32)
+    logits = np.asarray(forward(config, params, ids))
+    last = logits[np.arange(len(prompts)), [len(p) - 1 for p in prompts]]
+    return float((last.argmax(-1) == np.array(answers)).mean())
+
+
+def main(options: Pretraining) -> None:
+    """Trains and writes the checkpoint, the facts and a record of the losses."""
+    sources = stdlib_sources()
+    facts = make_facts(sources)
+    documents = [f"# {module}\n{source}" for module, source in sources.items()]
+    random.Random(0).shuffle(documents)
+    held_out = len(documents) // 25
+    train_prose = split_prose(prose_documents()).train
+    tokenizer = train_tokenizer(documents, train_prose[: len(train_prose) // 3], facts)
+    streams = make_streams(tokenizer, facts, documents[held_out:], options.passes)
+    validation = encode(tokenizer, documents[:held_out])
+    tokens = {name: len(stream) for name, stream in streams.items()}
+
+    config = OPTConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        num_hidden_layers=16,
+        ffn_dim=512,
+        num_attention_heads=4,
+        max_position_embeddings=options.length,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=BOS,
+    )
+    mesh = make_mesh(data=jax.device_count())
+    optimizer = make_optimizer(options)
+    params = jax.device_put(init_params(config, jax.random.key(options.seed)), mesh.replicated)
+    state = jax.device_put(optimizer.init(params), mesh.replicated)
+    print(f"{count_params(params):,} parameters; tokens {tokens}", flush=True)
+
+    rng = np.random.default_rng(options.seed)
+    recent: list[jax.Array] = []
+    history = []
+    began = time.time()
+    for step in range(1, options.steps + 1):
+        batch = sample_batch(streams, rng, options.batch_size, options.length)
+        params, state, loss = train_step(
+            config, optimizer, params, state, jax.device_put(batch, mesh.batched)
+        )
+        recent = [*recent[-99:], loss]
+        if step % 100 == 0:
+            mean = float(jnp.stack(recent).mean())
+            print(f"step {step} loss {mean:.3f} {time.time() - began:.0f} s", flush=True)
+        if step % options.evaluate_every == 0 or step == options.steps:
+            local = jax.device_get(params)
+            row = {"step": step, "code_validation": stream_loss(config, local, validation, 128, 64)}
+            row |= {
+                f"{k}_train": stream_loss(config, local, s, 128, 64) for k, s in streams.items()
+            }
+            row |= {f"{w}_cloze": cloze(config, local, tokenizer, facts, w) for w in ("api", "syn")}
+            history.append(row)
+            print({k: round(v, 3) for k, v in row.items()}, flush=True)
+            save_opt(options.out, config, local, dtype="float16", overwrite=True)
+            tokenizer.save(str(options.out / "tokenizer.json"))
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "</s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "pad_token": "<pad>",
+                "model_max_length": options.length,
+            }
+            (options.out / "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2) + "\n"
+            )
+            (options.out / "facts.json").write_text(facts.to_json())
+            record = {
+                "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "devices": str(jax.devices()[0].device_kind) + f" x {jax.device_count()}",
+                "seconds": round(time.time() - began),
+                "stream_tokens": tokens,
+                "trained_tokens": step * options.batch_size * options.length,
+                "history": history,
+            }
+            (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Pretraining))
