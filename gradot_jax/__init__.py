@@ -1,1 +1,3 @@
 """GradOT in JAX."""
+
+__version__ = "0.1.0"

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import SITES, Block, Shell
+from gradot_jax.models.opt.params import SITES, Block, Params, Shell, depth, get_block
 from gradot_jax.nn.linear import Dense, dense_kernel
 from gradot_jax.nn.norm import LayerNorm
 
 DECODER = "model.decoder."
+EMBED_TOKENS = f"{DECODER}embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
+_FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def layer_prefix(index: int) -> str:
@@ -25,6 +28,18 @@ def layer_prefix(index: int) -> str:
 
 def _site_prefix(site: str) -> str:
     return f"self_attn.{site}." if site.endswith("_proj") else f"{site}."
+
+
+def canonical_name(name: str) -> str:
+    """The full name of a tensor that some checkpoints store without the leading `model.`."""
+    return f"model.{name}" if name.startswith("decoder.") else name
+
+
+def from_flax(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """A tensor of Hugging Face Flax, by its `/`-joined path, as torch names and stores it."""
+    parent, _, leaf = path.replace("/", ".").rpartition(".")
+    name = canonical_name(f"{parent}.{_FLAX_LEAVES.get(leaf, leaf)}")
+    return name, array.T if leaf == "kernel" else array
 
 
 def block_schema(config: OPTConfig) -> dict[str, tuple[int, ...]]:
@@ -46,7 +61,7 @@ def shell_schema(config: OPTConfig) -> dict[str, tuple[int, ...]]:
     """Torch shapes of the tensors outside the blocks, by full name."""
     width, embed = config.hidden_size, config.word_embed_proj_dim
     schema: dict[str, tuple[int, ...]] = {
-        f"{DECODER}embed_tokens.weight": (config.vocab_size, embed),
+        EMBED_TOKENS: (config.vocab_size, embed),
         f"{DECODER}embed_positions.weight": (config.max_position_embeddings + 2, width),
     }
     if config.has_projection:
@@ -56,7 +71,7 @@ def shell_schema(config: OPTConfig) -> dict[str, tuple[int, ...]]:
         schema[f"{DECODER}final_layer_norm.weight"] = (width,)
         schema[f"{DECODER}final_layer_norm.bias"] = (width,)
     if not config.tie_word_embeddings:
-        schema["lm_head.weight"] = (config.vocab_size, embed)
+        schema[LM_HEAD] = (config.vocab_size, embed)
     return schema
 
 
@@ -67,6 +82,20 @@ def model_schema(config: OPTConfig) -> dict[str, tuple[int, ...]]:
         prefix = layer_prefix(layer)
         schema |= {prefix + name: shape for name, shape in block_schema(config).items()}
     return schema
+
+
+def params_to_hf(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a model as torch stores it, by full name, one at a time.
+
+    Of numpy parameters the tensors are views, so that writing to them fills the parameters.
+    """
+    yield from shell_to_hf(params.shell)
+    layer = 0
+    for stack in params.segments:
+        for index in range(depth(stack)):
+            for name, array in block_to_hf(get_block(stack, index)):
+                yield layer_prefix(layer) + name, array
+            layer += 1
 
 
 def block_to_hf(block: Block) -> Iterator[tuple[str, np.ndarray]]:
@@ -82,7 +111,7 @@ def block_to_hf(block: Block) -> Iterator[tuple[str, np.ndarray]]:
 
 def shell_to_hf(shell: Shell) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors outside the blocks as torch stores them, by full name."""
-    yield f"{DECODER}embed_tokens.weight", np.asarray(shell.embed_tokens)
+    yield EMBED_TOKENS, np.asarray(shell.embed_tokens)
     yield f"{DECODER}embed_positions.weight", np.asarray(shell.embed_positions)
     for name in ("project_in", "project_out"):
         projection = getattr(shell, name)
@@ -91,7 +120,7 @@ def shell_to_hf(shell: Shell) -> Iterator[tuple[str, np.ndarray]]:
     if shell.final_layer_norm is not None:
         yield from _norm_to_hf(f"{DECODER}final_layer_norm", shell.final_layer_norm)
     if shell.lm_head is not None:
-        yield "lm_head.weight", np.asarray(shell.lm_head).T
+        yield LM_HEAD, np.asarray(shell.lm_head).T
 
 
 def _norm_to_hf(name: str, norm: LayerNorm) -> Iterator[tuple[str, np.ndarray]]:
@@ -125,12 +154,12 @@ def shell_from_hf(config: OPTConfig, tensors: Mapping[str, np.ndarray]) -> Shell
     if config.has_final_layer_norm:
         final = _norm_from_hf(config, tensors, f"{DECODER}final_layer_norm")
     return Shell(
-        embed_tokens=tensors[f"{DECODER}embed_tokens.weight"],
+        embed_tokens=tensors[EMBED_TOKENS],
         embed_positions=tensors[f"{DECODER}embed_positions.weight"],
         project_in=projection("project_in"),
         project_out=projection("project_out"),
         final_layer_norm=final,
-        lm_head=None if config.tie_word_embeddings else tensors["lm_head.weight"].T,
+        lm_head=None if config.tie_word_embeddings else tensors[LM_HEAD].T,
     )
 
 

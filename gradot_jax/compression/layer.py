@@ -1,0 +1,181 @@
+"""Compression of one layer: decompose, score, order, and cut to size.
+
+A layer is its attention kernels, stacked, and its MLP. Methods differ in how they score; all
+share what is here. A new scoring rule is one function like `gradot_terms`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradot_jax.compression.budget import rank_pool
+from gradot_jax.compression.channel import prune_channels
+from gradot_jax.compression.compensation import (
+    AttentionCompensation,
+    MLPCompensation,
+    refit_channels,
+    refit_low_rank,
+    shift_bias,
+)
+from gradot_jax.compression.rank import factorise, keep_order
+from gradot_jax.compression.score import ScoreTerms, channel_terms, component_terms
+from gradot_jax.curvature.factors import KroneckerFactors
+from gradot_jax.linalg.svd import SVD, svd
+from gradot_jax.nn.linear import Dense, LowRank
+
+
+class LayerWeights(NamedTuple):
+    """The compressible maps of one layer.
+
+    Attributes:
+        attention: kernels `[S, D_in, D_out]` and biases `[S, D_out]` (or None) of S sites.
+        fc1: `D -> F`.
+        fc2: `F -> D`.
+    """
+
+    attention: Dense
+    fc1: Dense
+    fc2: Dense
+
+
+class LayerFactors(NamedTuple):
+    """Kronecker factors of the same maps; those of attention with a leading site axis."""
+
+    attention: KroneckerFactors
+    fc1: KroneckerFactors
+    fc2: KroneckerFactors
+
+
+class LayerTerms(NamedTuple):
+    """Score terms of a layer: components `[S, K]` and channels `[F]`."""
+
+    components: ScoreTerms
+    channels: ScoreTerms
+
+
+TermsFunction = Callable[[LayerWeights, SVD, LayerFactors | None], LayerTerms]
+
+
+@jax.jit
+def gradot_terms(
+    weights: LayerWeights, decomposition: SVD, factors: LayerFactors | None
+) -> LayerTerms:
+    """GCS of every component and channel (GradOT)."""
+    if factors is None:
+        raise ValueError("the gradient-preserving score needs Kronecker factors")
+    return LayerTerms(
+        components=jax.vmap(component_terms)(decomposition, factors.attention),
+        channels=channel_terms(weights.fc1, weights.fc2, factors.fc1, factors.fc2),
+    )
+
+
+@jax.jit
+def magnitude_terms(
+    weights: LayerWeights, decomposition: SVD, factors: LayerFactors | None
+) -> LayerTerms:
+    """Singular values, and the Euclidean norm of each channel's weights in fc1 and fc2."""
+    del factors
+    squares = jnp.square(weights.fc1.kernel).sum(0) + jnp.square(weights.fc2.kernel).sum(1)
+    if weights.fc1.bias is not None:
+        squares += jnp.square(weights.fc1.bias)
+    values, norms = decomposition.values, jnp.sqrt(squares.astype(jnp.float32))
+    return LayerTerms(
+        components=ScoreTerms(values, jnp.zeros_like(values)),
+        channels=ScoreTerms(norms, jnp.zeros_like(norms)),
+    )
+
+
+class Candidate(NamedTuple):
+    """A layer ready to be cut: all that is needed once its counts are known.
+
+    Attributes:
+        weights: the original maps.
+        decomposition: SVD of the attention kernels, leading site axis.
+        terms: score terms.
+        factors: kept only where a compensation will read them.
+    """
+
+    weights: LayerWeights
+    decomposition: SVD
+    terms: LayerTerms
+    factors: LayerFactors | None
+
+
+def propose(
+    weights: LayerWeights, factors: LayerFactors | None, terms_function: TermsFunction
+) -> Candidate:
+    """Decomposes and scores one layer."""
+    decomposition = svd(weights.attention.kernel)
+    return Candidate(
+        weights, decomposition, terms_function(weights, decomposition, factors), factors
+    )
+
+
+@partial(jax.jit, static_argnames=("floor",))
+def component_order(scores: jax.Array, floor: int) -> jax.Array:
+    """Order in which each site keeps its components, `[S, K]` to `[S, K]`."""
+    return jax.vmap(partial(keep_order, floor=floor))(scores)
+
+
+def cut_attention(
+    candidate: Candidate,
+    site: int,
+    order: np.ndarray,
+    rank: int,
+    compensation: AttentionCompensation,
+    damping: float,
+) -> tuple[Dense | LowRank, tuple[int, ...] | None]:
+    """One attention map at its rank, and the components that it keeps.
+
+    Args:
+        candidate: the layer.
+        site: index of the map.
+        order: its `component_order`, `[K]`.
+        rank: components to keep; from the rank where two factors save nothing the original
+            matrix is kept.
+        compensation: see `compression.compensation`.
+        damping: of the refit.
+
+    Returns:
+        The map, and ascending indices or None for the original.
+    """
+    original = jax.tree.map(lambda leaf: leaf[site], candidate.weights.attention)
+    if rank >= rank_pool(*original.shape).cap:
+        return original, None
+    kept = np.sort(order[:rank])
+    decomposition = jax.tree.map(lambda leaf: leaf[site], candidate.decomposition)
+    left, right = factorise(decomposition, kept)
+    reduced = LowRank(left, right, original.bias)
+    if compensation != "none":
+        assert candidate.factors is not None
+        factors = jax.tree.map(lambda leaf: leaf[site], candidate.factors.attention)
+        if compensation == "bias":
+            reduced = shift_bias(original, reduced, factors)
+        else:
+            reduced = refit_low_rank(original, reduced, factors, damping)
+    dtype = original.kernel.dtype
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), reduced), tuple(map(int, kept))
+
+
+def cut_mlp(
+    candidate: Candidate,
+    order: np.ndarray,
+    count: int,
+    compensation: MLPCompensation,
+    damping: float,
+) -> tuple[Dense, Dense, tuple[int, ...]]:
+    """The MLP at its number of channels, and the channels that it keeps, ascending."""
+    fc1, fc2 = candidate.weights.fc1, candidate.weights.fc2
+    if count >= fc1.shape[1]:
+        return fc1, fc2, tuple(range(fc1.shape[1]))
+    kept = np.sort(order[:count])
+    small1, small2 = prune_channels(fc1, fc2, kept)
+    if compensation == "refit":
+        assert candidate.factors is not None
+        kernel = refit_channels(fc2, kept, candidate.factors.fc2, damping)
+        small2 = small2.replace(kernel=kernel)
+    return small1, small2, tuple(map(int, kept))

@@ -1,0 +1,63 @@
+"""Kronecker factors of one linear map: the KFAC approximation H = A x G of its Fisher.
+
+For `y = x W + b` with input x_n and `g_n = d(summed loss)/dy_n` at token n of N,
+
+    A = (1/N) sum x_n x_n^T     G = (1/N) sum g_n g_n^T     dW = (1/N) sum x_n g_n^T
+
+and `H vec(Delta) = vec(A Delta G)` (KFAC-expand: every token is a datum; Martens and Grosse 2015,
+Eschenhagen et al. 2023). A bias is a constant 1 appended to x.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradot_jax.nn.linear import Dense
+from gradot_jax.nn.tap import InputMoments
+
+
+class KroneckerFactors(NamedTuple):
+    """Factors and gradient of one linear map, means over tokens, float32.
+
+    Attributes:
+        input_covariance: A, `[D_in, D_in]`, not centred.
+        input_mean: `[D_in]`, the border of A for the bias.
+        gradient_covariance: G, `[D_out, D_out]`.
+        gradient: dW and db of the mean loss, `[D_in, D_out]` and `[D_out]`; None if not asked for.
+    """
+
+    input_covariance: jax.Array
+    input_mean: jax.Array
+    gradient_covariance: jax.Array
+    gradient: Dense | None
+
+
+def normalise(
+    inputs: InputMoments, outputs: jax.Array, gradient: Dense | None, num_tokens: jax.Array | float
+) -> KroneckerFactors:
+    """Divides sums over tokens by their number.
+
+    Args:
+        inputs: summed moments of x.
+        outputs: summed `g g^T`, `[D_out, D_out]`.
+        gradient: gradient of the summed loss, or None.
+        num_tokens: N.
+    """
+
+    def mean(leaf):
+        return leaf.astype(jnp.float32) / num_tokens
+
+    return KroneckerFactors(
+        input_covariance=mean(inputs.second),
+        input_mean=mean(inputs.first),
+        gradient_covariance=mean(outputs),
+        gradient=None if gradient is None else jax.tree.map(mean, gradient),
+    )
+
+
+def with_bias(factors: KroneckerFactors) -> jax.Array:
+    """A of the input with a constant 1 appended, `[D_in + 1, D_in + 1]`."""
+    border = factors.input_mean[:, None]
+    corner = jnp.ones((1, 1), border.dtype)
+    return jnp.block([[factors.input_covariance, border], [border.T, corner]])

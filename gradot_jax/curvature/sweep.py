@@ -1,0 +1,90 @@
+"""One layer's step of the backward sweep: factors, gradients and the next cotangents.
+
+A sweep stores only the residual stream at layer boundaries and walks back layer by layer, so the
+factors of one layer are alive at a time. The layer is an injected function; nothing here knows
+a model.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from gradot_jax.linalg.summation import add, zero_sum
+
+ApplyLayer = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+"""`(weights, hidden [B, T, D], mask [B, T], taps) -> hidden [B, T, D]`."""
+
+
+class Cotangents(NamedTuple):
+    """Cotangents of the residual stream, per batch.
+
+    Attributes:
+        fisher: of the loss whose Fisher is taken, `[S, B, T, D]`.
+        loss: of the loss on the true targets, the same shape; None where it is the same loss or
+            no gradient is wanted.
+    """
+
+    fisher: jax.Array
+    loss: jax.Array | None
+
+
+class LayerSums(NamedTuple):
+    """What one layer yields, summed over all tokens.
+
+    Attributes:
+        taps: cotangents of the taps: moments of inputs and `g^T g` of outputs.
+        gradient: of the loss with respect to the weights, or None.
+    """
+
+    taps: Any
+    gradient: Any | None
+
+
+@partial(jax.jit, static_argnames=("apply", "with_gradient"))
+def sweep_layer(
+    apply: ApplyLayer,
+    weights: Any,
+    taps: Any,
+    hidden: jax.Array,
+    mask: jax.Array,
+    cotangents: Cotangents,
+    *,
+    with_gradient: bool,
+) -> tuple[LayerSums, Cotangents]:
+    """Factors of one layer over all batches, and the cotangents of its input.
+
+    Args:
+        apply: the layer; the same object each time, since it is a static argument.
+        weights: its parameters.
+        taps: zero taps that `apply` takes.
+        hidden: its inputs, `[S, B, T, D]` for S batches.
+        mask: `[S, B, T]`, 1 at real tokens.
+        cotangents: of its outputs.
+        with_gradient: whether to take the gradient of the weights as well.
+
+    Returns:
+        Sums over batches and tokens, accumulated in float32 with compensation, and the
+        cotangents of `hidden`.
+    """
+
+    def one_batch(running, batch):
+        x, m, cotangent = batch
+        _, pull = jax.vjp(lambda w, h, t: apply(w, h, m, t), weights, x, taps)
+        gradient, back, moments = pull(cotangent.fisher)
+        loss_back = None
+        if cotangent.loss is not None:
+            gradient, loss_back, _ = pull(cotangent.loss)
+        sums = LayerSums(moments, gradient if with_gradient else None)
+        sums = jax.tree.map(lambda s: s.astype(jax.numpy.float32), sums)
+        return add(running, sums), Cotangents(back, loss_back)
+
+    float32 = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jax.numpy.float32), weights)
+    zeros = LayerSums(taps, jax.tree.map(_zeros, float32) if with_gradient else None)
+    running, cotangents = jax.lax.scan(one_batch, zero_sum(zeros), (hidden, mask, cotangents))
+    return running.total, cotangents
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.numpy.zeros(like.shape, like.dtype)

@@ -1,0 +1,223 @@
+"""From records to token examples, and from examples to batches.
+
+A data set of examples is one `Batch` of numpy arrays whose leading axis counts examples. Every
+document and prompt begins with the token `bos_id` (`gradot_jax.data.tokenizer.BOS_RULE`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from gradot_jax.data.records import ChoiceRecords, Prompt, PromptRecords
+from gradot_jax.data.tokenizer import encode
+from gradot_jax.errors import InputError
+from gradot_jax.nn.batch import Batch
+
+_MULTIPLE = 8
+
+
+def token_stream(tokenizer, texts: Iterable[str], bos_id: int) -> np.ndarray:
+    """Token ids `[N]` of texts end to end, each begun by `bos_id`; empty texts are left out."""
+    documents = [[bos_id, *encode(tokenizer, text)] for text in texts if text]
+    return np.concatenate([np.asarray(ids, np.int32) for ids in [[], *documents]])
+
+
+def windows(stream: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+    """The windows of `length + 1` tokens of a stream `[N]` at `starts` `[B]`; all targets count."""
+    rows = stream[starts[:, None] + np.arange(length + 1)]
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    return Batch(inputs, targets, np.ones(inputs.shape, np.float32), np.ones_like(inputs))
+
+
+def text_examples(tokenizer, texts: Iterable[str], length: int, bos_id: int) -> Batch:
+    """Texts end to end, cut into consecutive windows that share no token.
+
+    Each window has `length + 1` tokens: `length` inputs and as many targets. So the first token
+    of a window is never predicted, and the tokens after the last whole window are dropped.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        texts: documents.
+        length: T of the examples.
+        bos_id: begins every document.
+
+    Returns:
+        Examples `[number of windows, length]`.
+
+    Raises:
+        InputError: when the texts are shorter than one window.
+    """
+    stream = token_stream(tokenizer, texts, bos_id)
+    count = len(stream) // (length + 1)
+    if not count:
+        raise InputError(
+            f"the text is shorter than one sequence: it has {len(stream)} tokens, a sequence of "
+            f"length {length} needs {length + 1}"
+        )
+    return windows(stream, np.arange(count) * (length + 1), length)
+
+
+def prompt_examples(
+    tokenizer, records: PromptRecords, bos_id: int, max_length: int, *, eos_id: int | None = None
+) -> tuple[Batch, int]:
+    """Prompts followed by their completions, with loss on the completion's tokens only.
+
+    Prompt and completion are tokenised apart, and a completion ends as it is given unless
+    `eos_id` is. Rows are padded on the right to the longest, rounded up to a multiple of 8. A
+    prompt that is too long loses its beginning; `bos_id` stays in front of the rest.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        records: prompts and completions.
+        bos_id: begins every prompt.
+        max_length: largest T.
+        eos_id: token to end every completion with; None for none.
+
+    Returns:
+        Examples `[number of records, T]`, and how many prompts were cut.
+
+    Raises:
+        InputError: when a completion does not fit `max_length`, or has no tokens.
+    """
+    end = [] if eos_id is None else [eos_id]
+    labels = [f"{records.source} record {i + 1}" for i in range(len(records.records))]
+    return _completion_examples(tokenizer, records.records, labels, bos_id, max_length, end)
+
+
+def choice_examples(
+    tokenizer, records: ChoiceRecords, bos_id: int, max_length: int
+) -> tuple[Batch, int]:
+    r"""One row per candidate answer, item by item, with loss on the answer's tokens only.
+
+    The prompt is `Question: {question}\nAnswer:` and the completion ` {choice}`; otherwise as
+    `prompt_examples`.
+
+    Returns:
+        Examples `[sum of the numbers of choices, T]`, and how many prompts were cut.
+
+    Raises:
+        InputError: when a choice does not fit `max_length`.
+    """
+    pairs, labels = [], []
+    for number, item in enumerate(records.records, start=1):
+        prompt = f"Question: {item.question}\nAnswer:"
+        pairs += [Prompt(prompt, f" {choice}") for choice in item.choices]
+        labels += [f"{records.source} record {number}"] * len(item.choices)
+    return _completion_examples(tokenizer, pairs, labels, bos_id, max_length, [])
+
+
+def _completion_examples(
+    tokenizer,
+    pairs: Sequence[Prompt],
+    labels: Sequence[str],
+    bos_id: int,
+    max_length: int,
+    end: list[int],
+) -> tuple[Batch, int]:
+    rows, cuts = [], 0
+    for pair, label in zip(pairs, labels, strict=True):
+        prompt = encode(tokenizer, pair.prompt)
+        completion = encode(tokenizer, pair.completion) + end
+        # A row of T inputs and T targets holds T + 1 tokens, the first of them `bos_id`.
+        room = max_length - len(completion)
+        if room < 0 or not completion:
+            raise InputError(
+                f"{label}: its completion has {len(completion)} tokens, expected 1 to the "
+                f"sequence length {max_length}"
+            )
+        cuts += len(prompt) > room
+        rows.append(([bos_id, *prompt[max(len(prompt) - room, 0) :]], completion))
+    longest = max(len(prompt) + len(completion) - 1 for prompt, completion in rows)
+    length = min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length)
+    return _padded(rows, length), cuts
+
+
+def _padded(rows: Sequence[tuple[list[int], list[int]]], length: int) -> Batch:
+    shape = (len(rows), length)
+    # Token 0 under a zero attention mask: no model reads it.
+    inputs, targets, attention = (np.zeros(shape, np.int32) for _ in range(3))
+    loss = np.zeros(shape, np.float32)
+    for row, (prompt, completion) in enumerate(rows):
+        ids = prompt + completion
+        used = len(ids) - 1
+        inputs[row, :used], targets[row, :used] = ids[:-1], ids[1:]
+        attention[row, :used] = 1
+        loss[row, len(prompt) - 1 : used] = 1.0
+    return Batch(inputs, targets, loss, attention)
+
+
+def take(examples: Batch, rows: np.ndarray | slice) -> Batch:
+    """Some rows of examples."""
+    return Batch(*(field[rows] for field in examples))
+
+
+def epoch_batches(
+    examples: Batch, batch_size: int, *, seed: int, start_step: int = 0
+) -> Iterator[Batch]:
+    """Endless shuffled batches; batch number n is a function of the examples, seed and n alone.
+
+    Each epoch visits the examples in a new order and drops the rest that fills no batch, so a
+    run resumes exactly from its step count.
+
+    Args:
+        examples: `[N, T]`.
+        batch_size: rows of each batch.
+        seed: of the orders, at least 0.
+        start_step: number of batches to skip, at no cost.
+
+    Raises:
+        InputError: when there are fewer examples than `batch_size`.
+    """
+    count = len(examples.input_ids)
+    _check_batch_size(batch_size)
+    if count < batch_size:
+        raise InputError(f"a batch of {batch_size} needs as many examples, there are {count}")
+    return _epochs(examples, batch_size, seed, start_step)
+
+
+def _epochs(examples: Batch, batch_size: int, seed: int, step: int) -> Iterator[Batch]:
+    per_epoch = len(examples.input_ids) // batch_size
+    while True:
+        epoch, first = divmod(step, per_epoch)
+        order = _permutation(len(examples.input_ids), seed, epoch)
+        for index in range(first, per_epoch):
+            yield take(examples, order[index * batch_size : (index + 1) * batch_size])
+        step = (epoch + 1) * per_epoch
+
+
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    # NumPy promises the same raw bits in every version, and not the same Generator.permutation.
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+def eval_batches(examples: Batch, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order, in batches of equal shape, so that they compile once.
+
+    The last batch is filled up with copies of the first example whose loss mask is zero.
+
+    Args:
+        examples: `[N, T]`.
+        batch_size: rows of each batch.
+
+    Raises:
+        InputError: when there are no examples.
+    """
+    _check_batch_size(batch_size)
+    if not len(examples.input_ids):
+        raise InputError("there are no examples to evaluate on")
+    return _in_order(examples, batch_size)
+
+
+def _in_order(examples: Batch, batch_size: int) -> Iterator[Batch]:
+    count = len(examples.input_ids)
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, start + batch_size)
+        real = rows < count
+        batch = take(examples, np.where(real, rows, 0))
+        yield batch._replace(loss_mask=batch.loss_mask * real[:, None].astype(np.float32))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")

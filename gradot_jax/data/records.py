@@ -1,0 +1,266 @@
+"""Data sets as checked records, from a local file, a folder of data files, or a Hugging Face name.
+
+The fields of the records decide their kind: `text`; `prompt` and `completion`; or `question`,
+`choices` and `answer`. Other fields are ignored.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradot_jax.errors import InputError
+from gradot_jax.files.strict_json import parse_json
+
+_SUFFIXES = (".txt", ".jsonl", ".json")
+
+
+class Prompt(NamedTuple):
+    """A prompt and the text that should follow it, exactly as given."""
+
+    prompt: str
+    completion: str
+
+
+class Choice(NamedTuple):
+    """A question with candidate answers; `answer` is the index of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRecords:
+    """Documents.
+
+    Attributes:
+        records: one text a document.
+        source: label for reports, without the folder.
+    """
+
+    records: tuple[str, ...]
+    source: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content, whatever file it came from."""
+        return _digest("text", self.records)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRecords:
+    """Prompts with completions.
+
+    Attributes:
+        records: in the order of the source.
+        source: label for reports, without the folder.
+    """
+
+    records: tuple[Prompt, ...]
+    source: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content, whatever file it came from."""
+        return _digest("prompt", self.records)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceRecords:
+    """Multiple-choice questions.
+
+    Attributes:
+        records: in the order of the source.
+        source: label for reports, without the folder.
+    """
+
+    records: tuple[Choice, ...]
+    source: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content, whatever file it came from."""
+        return _digest("choice", self.records)
+
+
+Records = TextRecords | PromptRecords | ChoiceRecords
+
+
+def read_records(source: str, *, split: str | None = None) -> Records:
+    """Reads a data set.
+
+    Args:
+        source: one of
+            a `.txt` file, which is one document;
+            a `.jsonl` or `.json` file with one object a line;
+            a folder of data files as `datasets` reads it;
+            a name on the Hugging Face hub, as `name` or `name:config`.
+            A folder or name may end in `@split`.
+        split: the split of a folder or name, instead of `@split`; `train` when neither is given.
+
+    Raises:
+        InputError: when the source cannot be read, is empty, or holds a malformed record.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in _SUFFIXES:
+        if split is not None:
+            raise InputError(f"{path.name}: a single file has no splits, got split {split!r}")
+        return _read_file(path)
+    name, _, suffix = (source, "", "") if path.is_dir() else source.partition("@")
+    if suffix and split is not None and split != suffix:
+        raise InputError(f"{source}: names the split {suffix!r}, but split {split!r} was asked for")
+    return _read_dataset(name, split or suffix or "train")
+
+
+def _read_file(path: Path) -> Records:
+    if path.suffix not in _SUFFIXES:
+        raise InputError(
+            f"{path.name}: unknown extension {path.suffix!r}, expected {', '.join(_SUFFIXES)}"
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = _text_rows if path.suffix == ".txt" else _json_rows
+    return _collect(rows(path.name, content), path.name)
+
+
+def _text_rows(name: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        yield name, {"text": content.decode("utf-8")}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 at byte {error.start}") from None
+
+
+def _json_rows(name: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Only a newline ends a line: JSON strings may hold the other separators of splitlines.
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    for number, line in enumerate(lines, start=1):
+        where = f"{name} line {number}"
+        yield where, parse_json(line, where)
+
+
+def _read_dataset(name: str, split: str) -> Records:
+    import datasets
+
+    path, config = name, None
+    if not Path(name).is_dir():
+        path, _, config = name.partition(":")
+    try:
+        table = datasets.load_dataset(path, config or None, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{name}@{split}: cannot be loaded as a data set: {reason} "
+            "(a local .txt, .jsonl or .json file needs no network)"
+        ) from None
+    label = f"{Path(name).name if Path(name).is_dir() else name}@{split}"
+    fields = _FIELDS[_kind(table.column_names, label)]
+    rows = table.select_columns(list(fields))
+    return _collect(((f"{label} row {i}", row) for i, row in enumerate(rows, start=1)), label)
+
+
+def _collect(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> Records:
+    records: list[Any] = []
+    kind: type[Records] = TextRecords
+    first = ""
+    for where, row in rows:
+        got = _kind(row, where)
+        if not records:
+            kind, first = got, where
+        elif got is not kind:
+            raise InputError(
+                f"{where}: has the fields {_listed(_FIELDS[got])}, but {first} has "
+                f"{_listed(_FIELDS[kind])}; one source holds one kind of record"
+            )
+        records.append(_PARSERS[kind](row, where))
+    if not records or not any(records):
+        raise InputError(f"{source}: empty, expected at least one record")
+    return kind(tuple(records), source)
+
+
+def _kind(fields: Collection[str], where: str) -> type[Records]:
+    kinds = [kind for kind, needed in _FIELDS.items() if set(needed) <= set(fields)]
+    if len(kinds) != 1:
+        expected = "; or ".join(_listed(needed) for needed in _FIELDS.values())
+        raise InputError(
+            f"{where}: got the fields {_listed(sorted(fields)) or 'none'}, expected one of: "
+            f"{expected}"
+        )
+    return kinds[0]
+
+
+def _text(row: Mapping[str, Any], where: str) -> str:
+    return _string(row["text"], "text", where)
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    prompt = _string(row["prompt"], "prompt", where)
+    completion = _string(row["completion"], "completion", where)
+    if not completion:
+        raise InputError(f"{where}: the completion is empty, there is nothing to predict")
+    return Prompt(prompt, completion)
+
+
+def _choice(row: Mapping[str, Any], where: str) -> Choice:
+    question = _string(row["question"], "question", where)
+    choices = row["choices"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError(
+            f"{where}: choices must be a list of two or more strings, got {_shown(choices)}"
+        )
+    choices = tuple(_string(choice, "choices", where) for choice in choices)
+    if not all(choices):
+        raise InputError(f"{where}: choices holds an empty string")
+    return Choice(question, choices, _answer(row["answer"], choices, where))
+
+
+def _answer(answer: Any, choices: tuple[str, ...], where: str) -> int:
+    if isinstance(answer, str) and choices.count(answer) == 1:
+        return choices.index(answer)
+    if type(answer) is int and 0 <= answer < len(choices):
+        return answer
+    raise InputError(
+        f"{where}: answer must be an index from 0 to {len(choices) - 1} or the text of exactly "
+        f"one choice, got {_shown(answer)}"
+    )
+
+
+def _string(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {field} must be a string, got {_shown(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: {field} holds half of a surrogate pair") from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(fields: Iterable[str]) -> str:
+    return ", ".join(fields)
+
+
+def _digest(kind: str, records: tuple) -> str:
+    content = json.dumps([kind, records], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+
+_FIELDS: dict[type[Records], tuple[str, ...]] = {
+    TextRecords: ("text",),
+    PromptRecords: ("prompt", "completion"),
+    ChoiceRecords: ("question", "choices", "answer"),
+}
+_PARSERS: dict[type[Records], Callable[[Mapping[str, Any], str], Any]] = {
+    TextRecords: _text,
+    PromptRecords: _prompt,
+    ChoiceRecords: _choice,
+}

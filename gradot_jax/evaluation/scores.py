@@ -1,0 +1,39 @@
+"""Teacher-forced scores of each sequence of a batch: what the accuracies are made of."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.opt.forward import forward
+from gradot_jax.models.opt.params import Params
+from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.loss import token_log_likelihood
+
+
+class SequenceScores(NamedTuple):
+    """Scores of B sequences over their counted targets.
+
+    Attributes:
+        log_likelihood: `[B]`, nats, summed over the counted targets.
+        exact: `[B]`, true where every counted target is the most likely token.
+        num_targets: `[B]`, counted targets.
+    """
+
+    log_likelihood: jax.Array
+    exact: jax.Array
+    num_targets: jax.Array
+
+
+@partial(jax.jit, static_argnames="config")
+def sequence_scores(config: OPTConfig, params: Params, batch: Batch) -> SequenceScores:
+    """Scores each row of a batch `[B, T]`, every token given the true ones before it."""
+    logits = forward(config, params, batch.input_ids, batch.attention_mask)
+    counted = batch.loss_mask > 0
+    log_likelihood = jnp.where(counted, token_log_likelihood(logits, batch.targets), 0.0)
+    hits = logits.argmax(-1) == batch.targets
+    return SequenceScores(
+        log_likelihood.sum(-1), (hits | ~counted).all(-1), counted.sum(-1, dtype=jnp.int32)
+    )

@@ -1,0 +1,214 @@
+"""Where a checkpoint keeps its weights: folders, the Hugging Face Hub, formats and shards.
+
+Every format is read into the same form, torch's names and layout, so that what loads a model
+does not know where the tensors came from. Only safetensors and the msgpack files of Hugging Face
+Flax are read; the pickles of torch can run code, and the HDF5 files of TensorFlow are not ours.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.serialization
+import huggingface_hub
+import numpy as np
+
+from gradot_jax.errors import InputError
+from gradot_jax.files.folder import regular_file
+from gradot_jax.files.strict_json import read_json
+from gradot_jax.files.tensors import TensorSpec, iterate_tensors, read_specs
+from gradot_jax.models.opt.names import canonical_name, from_flax
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+"""Files beside the weights that go with a model wherever it goes; all of them data, no code."""
+
+_INDEX_BYTES = 64 * 2**20
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+class WeightFile(NamedTuple):
+    """One file of weights, opened.
+
+    Attributes:
+        path: the file.
+        specs: name, shape and dtype of each tensor as torch stores it.
+        tensors: yields name and tensor; to be called once.
+    """
+
+    path: Path
+    specs: list[tuple[str, TensorSpec]]
+    tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]
+
+
+class _Format(NamedTuple):
+    whole: str
+    shards: str
+    open: Callable[[Path], WeightFile]
+    name: Callable[[str], str]
+
+
+def checkpoint_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one, or a snapshot downloaded to the Hub's cache.
+
+    Of a repository with several formats only the first one that is read here is downloaded. The
+    Hub's settings for cache, token and offline use apply; without a network the cache serves.
+
+    Args:
+        path_or_hub_id: a folder, or, given as a string that is no folder, a repository's id.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        InputError: when there is no such folder, or the repository cannot be had.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"{path}: a local folder has no revision, got {revision!r}")
+        return path
+    name = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or path.exists() or not _HUB_ID.fullmatch(name):
+        raise InputError(f"{path}: there is no such folder")
+    folder = path
+    for form in FORMATS:
+        for weights in (form.whole, form.shards):
+            folder = _download(name, revision, weights)
+            if _present(folder, form):
+                return folder
+    return folder
+
+
+def _download(name: str, revision: str | None, weights: str) -> Path:
+    patterns = ["config.json", "*.index.json", *TOKENIZER_FILES, weights]
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns
+        )
+    except (OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(
+            f"{name}{at} is neither a folder here nor to be had from the Hugging Face Hub or its "
+            f"cache: {' '.join(str(error).split())}"
+        ) from error
+    return Path(snapshot)
+
+
+def _present(folder: Path, form: _Format) -> bool:
+    sharded = os.path.lexists(folder / _index(form)) and any(folder.glob(form.shards))
+    return os.path.lexists(folder / form.whole) or sharded
+
+
+def _index(form: _Format) -> str:
+    return f"{form.whole}.index.json"
+
+
+def open_weights(folder: Path) -> list[WeightFile]:
+    """Opens the weights of a checkpoint: one file, or the shards that its index names.
+
+    Raises:
+        InputError: when there are no weights in a format read here, or a file is missing, damaged
+            or outside the folder, or does not hold what the index says.
+    """
+    for form in FORMATS:
+        if os.path.lexists(folder / form.whole):
+            return [form.open(regular_file(folder, form.whole))]
+        if os.path.lexists(folder / _index(form)):
+            return _open_shards(folder, form)
+    raise InputError(_no_weights(folder))
+
+
+def _open_shards(folder: Path, form: _Format) -> list[WeightFile]:
+    index = regular_file(folder, _index(form))
+    listed = read_json(index, max_bytes=_INDEX_BYTES).get("weight_map")
+    named = isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values())
+    if not named or not listed:
+        raise InputError(f"{index}: expected a weight_map from tensor names to file names")
+    shards = {name: regular_file(folder, name) for name in sorted({*listed.values()})}
+    files = {name: form.open(path) for name, path in shards.items()}
+    expected = {(form.name(tensor), shard) for tensor, shard in listed.items()}
+    held = {(tensor, shard) for shard, file in files.items() for tensor, _ in file.specs}
+    if expected != held:
+        differing = ", ".join(f"{tensor} in {shard}" for tensor, shard in sorted(expected ^ held))
+        raise InputError(f"{index}: index and shards disagree about {differing}")
+    return list(files.values())
+
+
+def _open_safetensors(path: Path) -> WeightFile:
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in iterate_tensors(path):
+            yield canonical_name(name), array
+
+    specs = [(canonical_name(name), spec) for name, spec in read_specs(path).items()]
+    return WeightFile(path, specs, tensors)
+
+
+def _open_msgpack(path: Path) -> WeightFile:
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        named = [from_flax(key, array) for key, array in _flatten(tree)]
+    # A damaged file fails in any of the ways of msgpack, numpy and the Flax reader above them.
+    except Exception as error:
+        raise InputError(f"{path}: damaged or truncated Flax msgpack file: {error}") from None
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        # The whole file is in memory; what has been copied out of it is let go.
+        while named:
+            yield named.pop()
+
+    specs = [(name, TensorSpec(array.shape, array.dtype.name)) for name, array in named]
+    return WeightFile(path, specs, tensors)
+
+
+def _flatten(tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
+    elif isinstance(tree, np.ndarray):
+        yield prefix, tree
+    else:
+        raise ValueError(f"{prefix or 'the file'} is a {type(tree).__name__}, expected an array")
+
+
+def _flax_name(path: str) -> str:
+    return from_flax(path, np.empty(()))[0]
+
+
+FORMATS = (
+    _Format("model.safetensors", "model-*.safetensors", _open_safetensors, canonical_name),
+    _Format("flax_model.msgpack", "flax_model-*.msgpack", _open_msgpack, _flax_name),
+)
+"""In the order in which they are looked for."""
+
+
+def _no_weights(folder: Path) -> str:
+    wanted = ", ".join(f"{form.whole} or {_index(form)}" for form in FORMATS)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    return (
+        f"{folder}: no weights found; expected {wanted}, found {found}. Weights in "
+        "pytorch_model.bin (a pickle, which can run code) or tf_model.h5 are not read; convert "
+        "them, where torch is installed, with these two lines of Python:\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "    [kind.from_pretrained('SOURCE').save_pretrained('TARGET') "
+        "for kind in (AutoModelForCausalLM, AutoTokenizer)]"
+    )
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The tokenizer and generation files of a checkpoint, those of `TOKENIZER_FILES` it has.
+
+    Raises:
+        InputError: when there is no tokenizer among them, or one leads out of the folder.
+    """
+    folder = Path(folder)
+    present = [name for name in TOKENIZER_FILES if os.path.lexists(folder / name)]
+    if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= {*present}:
+        raise InputError(f"{folder}: no tokenizer; expected tokenizer.json or vocab and merges")
+    return [regular_file(folder, name) for name in present]

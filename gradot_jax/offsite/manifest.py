@@ -1,0 +1,268 @@
+"""Manifests: the JSON file of a bundle or an adapter that says what the rest must be.
+
+A manifest comes from the other party. Reading one trusts nothing: keys, types and ranges are
+exact, and sizes agree with each other before any tensor is looked at.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+from gradot_jax.compression.plan import LayerShape
+from gradot_jax.errors import InputError
+from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.opt.params import ATTENTION_SITES
+from gradot_jax.offsite.split import AdapterSpec
+
+FORMAT_VERSION = 1
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+
+MAX_LAYERS = 4096
+"""More than any model has; bounds the work that a hostile layer count can ask for."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_METHOD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of one file.
+
+    Attributes:
+        sha256: digest of the contents, hexadecimal.
+        bytes: size.
+    """
+
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BundleManifest:
+    """The manifest of a bundle: shapes and digests, and no trace of what was left out.
+
+    Attributes:
+        config: of the full model.
+        spec: the split.
+        method: name of the compression method.
+        attention_budget: share of the middle's attention parameters asked for.
+        mlp_budget: share of the middle's MLP parameters asked for.
+        shapes: of the compressed layers, in depth order.
+        dtype: of every stored array.
+        base_digest: see `offsite.digest.base_digest`.
+        files: every file of the folder but the manifest.
+    """
+
+    kind: ClassVar[str] = "gradot-bundle"
+
+    config: OPTConfig
+    spec: AdapterSpec
+    method: str
+    attention_budget: float
+    mlp_budget: float
+    shapes: tuple[LayerShape, ...]
+    dtype: StoredDtype
+    base_digest: str
+    files: Mapping[str, FileRecord]
+
+    def to_values(self) -> dict[str, Any]:
+        """The contents of the manifest file."""
+        middle = [{"ranks": dict(s.ranks), "num_channels": s.num_channels} for s in self.shapes]
+        return {
+            **_common_values(self),
+            "method": self.method,
+            "budget": {"attention": self.attention_budget, "mlp": self.mlp_budget},
+            "middle": middle,
+        }
+
+    @classmethod
+    def from_values(cls, values: Any, where: str) -> "BundleManifest":
+        """Reads the contents of a manifest file.
+
+        Args:
+            values: parsed JSON.
+            where: the file, for messages.
+
+        Raises:
+            InputError: when anything is missing, unknown, out of range or contradictory.
+        """
+        _check_format(values, cls.kind, where)
+        _check_keys(values, {*_COMMON_KEYS, "method", "budget", "middle"}, where)
+        common = _common_fields(values, where)
+        budget = _check_keys(values["budget"], ("attention", "mlp"), f"{where}: budget")
+        return cls(
+            **common,
+            method=_text(values["method"], _METHOD, f"{where}: method"),
+            attention_budget=_share(budget["attention"], f"{where}: budget attention"),
+            mlp_budget=_share(budget["mlp"], f"{where}: budget mlp"),
+            shapes=_shapes(values["middle"], common["config"], common["spec"], where),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterManifest:
+    """The manifest of a tuned adapter: which model and emulator it belongs to, and no more.
+
+    Attributes:
+        config: of the full model.
+        spec: the split.
+        dtype: of every stored array.
+        base_digest: as in the bundle.
+        emulator_digest: SHA-256 of the bundle's manifest, which has the digests of its files.
+        files: every file of the folder but the manifest.
+    """
+
+    kind: ClassVar[str] = "gradot-adapter"
+
+    config: OPTConfig
+    spec: AdapterSpec
+    dtype: StoredDtype
+    base_digest: str
+    emulator_digest: str
+    files: Mapping[str, FileRecord]
+
+    def to_values(self) -> dict[str, Any]:
+        """The contents of the manifest file."""
+        return {**_common_values(self), "emulator_digest": self.emulator_digest}
+
+    @classmethod
+    def from_values(cls, values: Any, where: str) -> "AdapterManifest":
+        """Reads the contents of a manifest file, see `BundleManifest.from_values`."""
+        _check_format(values, cls.kind, where)
+        _check_keys(values, {*_COMMON_KEYS, "emulator_digest"}, where)
+        return cls(
+            **_common_fields(values, where),
+            emulator_digest=_text(values["emulator_digest"], _DIGEST, f"{where}: emulator_digest"),
+        )
+
+
+_COMMON_KEYS = ("format", "format_version", "config", "split", "dtype", "base_digest", "files")
+
+
+def _common_values(manifest: BundleManifest | AdapterManifest) -> dict[str, Any]:
+    return {
+        "format": manifest.kind,
+        "format_version": FORMAT_VERSION,
+        "config": manifest.config.to_hf(),
+        "split": dataclasses.asdict(manifest.spec),
+        "dtype": manifest.dtype,
+        "base_digest": manifest.base_digest,
+        "files": {name: dataclasses.asdict(record) for name, record in manifest.files.items()},
+    }
+
+
+def _common_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+    config = _config(values["config"], f"{where}: config")
+    if values["dtype"] not in get_args(StoredDtype):
+        raise InputError(
+            f"{where}: dtype is {values['dtype']!r}, expected one of "
+            f"{', '.join(get_args(StoredDtype))}"
+        )
+    return {
+        "config": config,
+        "spec": _split(values["split"], config, f"{where}: split"),
+        "dtype": values["dtype"],
+        "base_digest": _text(values["base_digest"], _DIGEST, f"{where}: base_digest"),
+        "files": _files(values["files"], f"{where}: files"),
+    }
+
+
+def _check_format(values: Any, kind: str, where: str) -> None:
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != kind:
+        raise InputError(f"{where}: format is {found!r}, expected {kind!r}")
+    version = values.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise InputError(
+            f"{where}: format_version is {version!r}, this program reads {FORMAT_VERSION}"
+        )
+
+
+def _check_keys(values: Any, expected: Iterable[str], where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object, got {type(values).__name__}")
+    missing, unknown = sorted(set(expected) - set(values)), sorted(set(values) - set(expected))
+    if missing or unknown:
+        raise InputError(f"{where}: missing keys {missing}, unknown keys {unknown[:8]}")
+    return values
+
+
+def _text(value: Any, pattern: re.Pattern[str], where: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise InputError(f"{where}: {str(value)[:80]!r} does not match {pattern.pattern}")
+    return value
+
+
+def _integer(value: Any, low: int, high: int, where: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise InputError(f"{where}: {value!r} is no whole number in [{low}, {high}]")
+    return value
+
+
+def _share(value: Any, where: str) -> float:
+    if type(value) not in (int, float) or not 0 < value <= 1:
+        raise InputError(f"{where}: {value!r} is no number in (0, 1]")
+    return float(value)
+
+
+def _config(values: Any, where: str) -> OPTConfig:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object, got {type(values).__name__}")
+    config = OPTConfig.from_hf(values, where)
+    _check_keys(values, config.to_hf(), where)
+    if values != config.to_hf():
+        raise InputError(f"{where}: architectures must be {config.to_hf()['architectures']}")
+    _integer(config.num_hidden_layers, 1, MAX_LAYERS, f"{where}: num_hidden_layers")
+    return config
+
+
+def _split(values: Any, config: OPTConfig, where: str) -> AdapterSpec:
+    _check_keys(values, ("num_bottom", "num_top"), where)
+    spec = AdapterSpec(
+        **{k: _integer(v, 0, MAX_LAYERS, f"{where}: {k}") for k, v in values.items()}
+    )
+    try:
+        spec.check(config.num_hidden_layers)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return spec
+
+
+def _shapes(
+    layers: Any, config: OPTConfig, spec: AdapterSpec, where: str
+) -> tuple[LayerShape, ...]:
+    most = config.num_hidden_layers - spec.num_bottom - spec.num_top
+    if not isinstance(layers, list) or len(layers) > most:
+        raise InputError(f"{where}: middle must list at most {most} layers")
+    return tuple(_shape(layer, config, f"{where}: middle {j}") for j, layer in enumerate(layers))
+
+
+def _shape(layer: Any, config: OPTConfig, where: str) -> LayerShape:
+    _check_keys(layer, ("ranks", "num_channels"), where)
+    ranks = _check_keys(layer["ranks"], ATTENTION_SITES, f"{where}: ranks")
+
+    def rank(site: str) -> int | None:
+        if ranks[site] is None:
+            return None
+        return _integer(ranks[site], 1, config.hidden_size, f"{where}: rank of {site}")
+
+    channels = _integer(layer["num_channels"], 1, config.ffn_dim, f"{where}: num_channels")
+    return LayerShape(
+        ranks=tuple((site, rank(site)) for site in ATTENTION_SITES), num_channels=channels
+    )
+
+
+def _files(values: Any, where: str) -> dict[str, FileRecord]:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object, got {type(values).__name__}")
+    records = {}
+    for name, record in values.items():
+        _text(name, _FILE_NAME, f"{where}: name")
+        _check_keys(record, ("sha256", "bytes"), f"{where}: {name}")
+        records[name] = FileRecord(
+            sha256=_text(record["sha256"], _DIGEST, f"{where}: sha256 of {name}"),
+            bytes=_integer(record["bytes"], 0, 2**62, f"{where}: bytes of {name}"),
+        )
+    return records

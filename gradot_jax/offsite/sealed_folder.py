@@ -1,0 +1,159 @@
+"""Folders that travel between the parties: flat, listed in full by a manifest, and verified.
+
+A manifest lists every other file with size and SHA-256. On the way in nothing is parsed before
+all of that holds, so that a damaged or altered file meets a hash and not a parser.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradot_jax.errors import InputError
+from gradot_jax.files.folder import regular_file
+from gradot_jax.files.strict_json import parse_json, write_json
+from gradot_jax.files.tensors import copy_finite, float_dtype, write_tensors
+from gradot_jax.offsite.manifest import FileRecord
+from gradot_jax.offsite.names import Schema
+
+MANIFEST = "manifest.json"
+CARD = "README.md"
+CARD_BYTES = 2**20
+
+_MANIFEST_BYTES = 16 * 2**20
+_HEADER_BYTES_PER_TENSOR = 1024
+_HASH_CHUNK = 2**22
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file of a folder that is about to be sealed."""
+    return {
+        path.name: FileRecord(_sha256(path), path.stat().st_size)
+        for path in sorted(folder.iterdir())
+    }
+
+
+def write_manifest(folder: Path, values: Mapping[str, Any]) -> str:
+    """Writes the manifest into a folder and returns its SHA-256."""
+    write_json(folder / MANIFEST, values)
+    return _sha256(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """The manifest of a folder as parsed JSON, and the SHA-256 of the bytes parsed.
+
+    Raises:
+        InputError: when there is none, or it is no strict JSON.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    path = regular_file(folder, MANIFEST)
+    with path.open("rb") as file:
+        text = file.read(_MANIFEST_BYTES + 1)
+    if len(text) > _MANIFEST_BYTES:
+        raise InputError(f"{path}: larger than {_MANIFEST_BYTES} bytes")
+    return parse_json(text, str(path)), hashlib.sha256(text).hexdigest()
+
+
+@contextlib.contextmanager
+def verified_folder(
+    folder: Path, files: Mapping[str, FileRecord], limits: Mapping[str, int]
+) -> Iterator[None]:
+    """Verifies a folder on entry; on exit, that it did not change while it was read.
+
+    Args:
+        folder: the folder.
+        files: what its manifest lists.
+        limits: names that such a folder may hold, with the most bytes of each.
+
+    Raises:
+        InputError: for a file that is not listed, not there, not allowed, no regular file, too
+            large, or of another size or digest than listed.
+    """
+    check_listing(folder, files)
+    for name, record in files.items():
+        if name not in limits:
+            raise InputError(f"{folder / name}: a file of this name has no place here")
+        size = (folder / name).stat().st_size
+        if size != record.bytes or size > limits[name]:
+            raise InputError(
+                f"{folder / name}: {size} bytes, the manifest says {record.bytes} and at most "
+                f"{limits[name]} are expected"
+            )
+    stamps = {name: _stamp(folder / name) for name in files}
+    for name, record in files.items():
+        if _sha256(folder / name) != record.sha256:
+            raise InputError(f"{folder / name}: altered or damaged, its SHA-256 is not the listed")
+    yield
+    for name, stamp in stamps.items():
+        if _stamp(folder / name) != stamp:
+            raise InputError(f"{folder / name}: changed while it was read")
+
+
+def check_listing(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Raises InputError unless a folder holds exactly the listed regular files and a manifest."""
+    present = set(os.listdir(folder))
+    listed = {MANIFEST, *files}
+    missing, extra = sorted(listed - present), sorted(present - listed)
+    if missing or extra:
+        raise InputError(f"{folder}: files missing {missing}, files not listed {extra[:8]}")
+    for name in sorted(listed):
+        regular_file(folder, name)
+        if (folder / name).is_symlink():
+            raise InputError(f"{folder / name}: is a symbolic link, expected a regular file")
+
+
+def digest_matches(folder: Path, name: str, record: FileRecord) -> bool:
+    """Whether a listed file is there, regular, and has the size and digest listed."""
+    path = folder / name
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
+        return False
+    return _sha256(path) == record.sha256
+
+
+def tensor_file_limit(schema: Schema, itemsize: int) -> int:
+    """The most bytes that a file of these tensors can have."""
+    data = sum(int(np.prod(shape, dtype=object)) for shape in schema.values()) * itemsize
+    return data + (len(schema) + 1) * _HEADER_BYTES_PER_TENSOR
+
+
+def write_stored(
+    path: Path, tensors: Iterator[tuple[str, np.ndarray]], schema: Schema, dtype: str
+) -> None:
+    """Writes tensors that fit a schema, cast to the stored dtype.
+
+    Raises:
+        InputError: for a name or shape that differs from the schema, or a number that is not
+            finite in the stored dtype.
+    """
+    stored = {name: cast_finite(path.name, name, array, dtype) for name, array in tensors}
+    shapes = {name: array.shape for name, array in stored.items()}
+    if shapes != schema:
+        differing = sorted(dict(shapes.items() ^ schema.items()))
+        raise InputError(f"{path.name}: tensors do not fit the configuration: {differing[:8]}")
+    write_tensors(path, stored)
+
+
+def cast_finite(where: str, name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
+    """An array in a dtype (its own for None); InputError when a number is then not finite."""
+    target = np.empty(array.shape, array.dtype if dtype is None else float_dtype(dtype))
+    copy_finite(where, name, array, target)
+    return target
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    # The change time, unlike the modification time, cannot be set back.
+    status = path.lstat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
