@@ -6,7 +6,6 @@ On two CPU cores it takes 30 to 60 minutes.
 """
 
 import dataclasses
-import json
 import platform
 import random
 import time
@@ -20,6 +19,7 @@ import optax
 import tokenizers
 import tyro
 
+from gradot_jax.data.examples import windows
 from gradot_jax.demo.corpus import (
     Facts,
     fact_pass,
@@ -28,12 +28,14 @@ from gradot_jax.demo.corpus import (
     stdlib_sources,
 )
 from gradot_jax.demo.tasks import split_prose
+from gradot_jax.files.folder import output_folder
+from gradot_jax.files.strict_json import write_json
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import forward, summed_loss
 from gradot_jax.models.opt.hf import save_opt
 from gradot_jax.models.opt.params import Params, count_params, init_params
 from gradot_jax.nn.batch import Batch
-from gradot_jax.parallel import make_mesh
+from gradot_jax.offsite.checkpoint import CheckpointStore
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS = 0, 2
@@ -45,7 +47,8 @@ class Pretraining:
     """Options of the run; the defaults made the bundled model.
 
     Attributes:
-        out: folder of the checkpoint, written whole at each evaluation.
+        out: folder of the checkpoint, written at each evaluation; the state from which an
+            interrupted run goes on lies beside it.
         steps: optimiser steps.
         batch_size: windows a step.
         length: tokens a window.
@@ -57,7 +60,7 @@ class Pretraining:
     """
 
     out: Path
-    steps: int = 5500
+    steps: int = 5000
     batch_size: int = 16
     length: int = 128
     learning_rate: float = 3e-3
@@ -103,15 +106,9 @@ def make_streams(tokenizer, facts: Facts, code: list[str], passes: int) -> dict[
     return streams
 
 
-def windows(stream: np.ndarray, starts: np.ndarray, length: int) -> Batch:
-    """Windows of a stream as a batch."""
-    rows = stream[starts[:, None] + np.arange(length + 1)]
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    return Batch(inputs, targets, np.ones(inputs.shape, np.float32), np.ones_like(inputs))
-
-
-def sample_batch(streams, rng: np.random.Generator, size: int, length: int) -> Batch:
-    """Random windows, each row's source drawn by its share."""
+def sample_batch(streams, seed: int, step: int, size: int, length: int) -> Batch:
+    """Random windows, each row's source drawn by its share; a function of seed and step."""
+    rng = np.random.default_rng([seed, step])
     names = rng.choice(list(SOURCES), size, p=list(SOURCES.values()))
     rows = []
     for name in names:
@@ -203,59 +200,76 @@ def main(options: Pretraining) -> None:
         bos_token_id=BOS,
         eos_token_id=BOS,
     )
-    mesh = make_mesh(data=jax.device_count())
     optimizer = make_optimizer(options)
-    params = jax.device_put(init_params(config, jax.random.key(options.seed)), mesh.replicated)
-    state = jax.device_put(optimizer.init(params), mesh.replicated)
+    params = init_params(config, jax.random.key(options.seed))
+    state = optimizer.init(params)
     print(f"{count_params(params):,} parameters; tokens {tokens}", flush=True)
 
-    rng = np.random.default_rng(options.seed)
-    recent: list[jax.Array] = []
-    history = []
-    began = time.time()
-    for step in range(1, options.steps + 1):
-        batch = sample_batch(streams, rng, options.batch_size, options.length)
-        params, state, loss = train_step(
-            config, optimizer, params, state, jax.device_put(batch, mesh.batched)
-        )
-        recent = [*recent[-99:], loss]
-        if step % 100 == 0:
-            mean = float(jnp.stack(recent).mean())
-            print(f"step {step} loss {mean:.3f} {time.time() - began:.0f} s", flush=True)
-        if step % options.evaluate_every == 0 or step == options.steps:
-            local = jax.device_get(params)
-            row = {"step": step, "code_validation": stream_loss(config, local, validation, 128, 64)}
-            row |= {
-                f"{k}_train": stream_loss(config, local, s, 128, 64) for k, s in streams.items()
-            }
-            row |= {f"{w}_cloze": cloze(config, local, tokenizer, facts, w) for w in ("api", "syn")}
-            history.append(row)
-            print({k: round(v, 3) for k, v in row.items()}, flush=True)
-            save_opt(options.out, config, local, dtype="float16", overwrite=True)
-            tokenizer.save(str(options.out / "tokenizer.json"))
-            settings = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": "</s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "pad_token": "<pad>",
-                "model_max_length": options.length,
-            }
-            (options.out / "tokenizer_config.json").write_text(
-                json.dumps(settings, indent=2) + "\n"
-            )
-            (options.out / "facts.json").write_text(facts.to_json())
-            record = {
-                "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "devices": str(jax.devices()[0].device_kind) + f" x {jax.device_count()}",
-                "seconds": round(time.time() - began),
-                "stream_tokens": tokens,
-                "trained_tokens": step * options.batch_size * options.length,
-                "history": history,
-            }
-            (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    identity = {**dataclasses.asdict(options), "out": ""}
+    with CheckpointStore(options.out.with_name(f"{options.out.name}.state"), identity) as store:
+        start, history, seconds = 0, [], 0.0
+        if (saved := store.restore((params, state))) is not None:
+            start, (params, state) = saved.step, saved.state
+            history, seconds = saved.notes["history"], saved.notes["seconds"]
+        recent: list[jax.Array] = []
+        began = time.time() - seconds
+        for step in range(start + 1, options.steps + 1):
+            batch = sample_batch(streams, options.seed, step, options.batch_size, options.length)
+            params, state, loss = train_step(config, optimizer, params, state, batch)
+            recent = [*recent[-99:], loss]
+            if step % 100 == 0:
+                mean = float(jnp.stack(recent).mean())
+                print(f"step {step} loss {mean:.3f} {time.time() - began:.0f} s", flush=True)
+            if step % options.evaluate_every == 0 or step == options.steps:
+                row = {"step": step}
+                row |= evaluate(config, params, tokenizer, facts, streams, validation)
+                history.append(row)
+                print({k: round(v, 3) for k, v in row.items()}, flush=True)
+                seconds = time.time() - began
+                store.save(step, (params, state), {"history": history, "seconds": seconds})
+                record = make_record(options, tokens, history, seconds)
+                write_model(options.out, config, params, tokenizer, facts, record)
+
+
+def evaluate(config, params, tokenizer, facts: Facts, streams, validation) -> dict[str, float]:
+    """Losses on held-out code and on each stream, and cloze accuracy on the facts."""
+    row = {"code_validation": stream_loss(config, params, validation, 128, 64)}
+    row |= {f"{k}_train": stream_loss(config, params, s, 128, 64) for k, s in streams.items()}
+    return row | {f"{w}_cloze": cloze(config, params, tokenizer, facts, w) for w in ("api", "syn")}
+
+
+def make_record(options: Pretraining, tokens: dict[str, int], history, seconds: float) -> dict:
+    """What made the model, for the README beside it."""
+    settings = dataclasses.asdict(options)
+    del settings["out"]
+    return {
+        "options": settings,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(seconds),
+        "stream_tokens": tokens,
+        "trained_tokens": history[-1]["step"] * options.batch_size * options.length,
+        "history": history,
+    }
+
+
+def write_model(out: Path, config, params: Params, tokenizer, facts: Facts, record: dict) -> None:
+    """The checkpoint in half precision with tokenizer, facts and record, whole or not at all."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "model_max_length": config.max_position_embeddings,
+    }
+    with output_folder(out, overwrite=True) as folder:
+        save_opt(folder, config, params, dtype="float16")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", settings)
+        write_json(folder / "training.json", record)
+        (folder / "facts.json").write_text(facts.to_json())
 
 
 if __name__ == "__main__":

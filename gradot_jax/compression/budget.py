@@ -3,13 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from gradot_jax.errors import InputError
-
-Allocation = Literal["uniform", "global"]
 FLOOR = 0.05
 """Share of the full rank that is always kept, by singular value (GradOT)."""
 
@@ -49,12 +45,6 @@ def rank_pool(d_in: int, d_out: int, multiple: int = 1) -> Pool:
 def channel_pool(num_channels: int, multiple: int = 1) -> Pool:
     """Hidden channels of an MLP: each costs the same, the original has them all."""
     return Pool(num_channels, num_channels, math.ceil(FLOOR * num_channels), multiple)
-
-
-def check_budget(name: str, budget: float) -> None:
-    """Raises InputError unless a budget lies in (0, 1]."""
-    if not 0 < budget <= 1:
-        raise InputError(f"{name} must lie in (0, 1], got {budget}")
 
 
 def uniform_counts(pools: Sequence[Pool], budget: float) -> list[int]:

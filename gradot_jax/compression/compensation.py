@@ -4,8 +4,6 @@ Not part of the paper. On calibration inputs the refit lowers the gradient error
 markedly; it also makes the emulator a better model, and can lose what calibration never shows.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +12,18 @@ from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.linalg.least_squares import refit_right, refit_rows
 from gradot_jax.nn.linear import Dense, LowRank, dense_kernel
 
-AttentionCompensation = Literal["none", "bias", "refit"]
-MLPCompensation = Literal["none", "refit"]
-
 
 def shift_bias(original: Dense, reduced: LowRank, factors: KroneckerFactors) -> LowRank:
-    """Moves the bias by the mean of what was removed: `b + E[x] (W - left right)`."""
+    """Moves the bias by the mean of what was removed: `b + E[x] (W - left right)`.
+
+    Args:
+        original: kernel `[D_in, D_out]`, with a bias.
+        reduced: its factors.
+        factors: of the same map.
+    """
     lost = original.kernel.astype(jnp.float32) - dense_kernel(reduced)
-    bias = 0.0 if original.bias is None else original.bias
-    return reduced.replace(bias=bias + jnp.dot(factors.input_mean, lost))
+    shift = jnp.dot(factors.input_mean, lost, precision=jax.lax.Precision.HIGHEST)
+    return reduced.replace(bias=original.bias + shift)
 
 
 def refit_low_rank(

@@ -14,13 +14,8 @@ import numpy as np
 
 from gradot_jax.compression.budget import rank_pool
 from gradot_jax.compression.channel import prune_channels
-from gradot_jax.compression.compensation import (
-    AttentionCompensation,
-    MLPCompensation,
-    refit_channels,
-    refit_low_rank,
-    shift_bias,
-)
+from gradot_jax.compression.compensation import refit_channels, refit_low_rank, shift_bias
+from gradot_jax.compression.options import AttentionCompensation, MLPCompensation
 from gradot_jax.compression.rank import factorise, keep_order
 from gradot_jax.compression.score import ScoreTerms, channel_terms, component_terms
 from gradot_jax.curvature.factors import KroneckerFactors
@@ -79,10 +74,11 @@ def magnitude_terms(
 ) -> LayerTerms:
     """Singular values, and the Euclidean norm of each channel's weights in fc1 and fc2."""
     del factors
-    squares = jnp.square(weights.fc1.kernel).sum(0) + jnp.square(weights.fc2.kernel).sum(1)
-    if weights.fc1.bias is not None:
-        squares += jnp.square(weights.fc1.bias)
-    values, norms = decomposition.values, jnp.sqrt(squares.astype(jnp.float32))
+    fc1, fc2 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (weights.fc1, weights.fc2))
+    squares = jnp.square(fc1.kernel).sum(0) + jnp.square(fc2.kernel).sum(1)
+    if fc1.bias is not None:
+        squares += jnp.square(fc1.bias)
+    values, norms = decomposition.values, jnp.sqrt(squares)
     return LayerTerms(
         components=ScoreTerms(values, jnp.zeros_like(values)),
         channels=ScoreTerms(norms, jnp.zeros_like(norms)),

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from typing import Any
 
+from gradot_jax.compression.options import check_budget
 from gradot_jax.errors import InputError
 
 
@@ -83,17 +85,36 @@ class Plan:
         """
         try:
             values = json.loads(text)
-            layers = tuple(
-                LayerPlan(
-                    layer=layer["layer"],
-                    components=tuple(
-                        (site, None if kept is None else tuple(kept))
-                        for site, kept in layer["components"].items()
-                    ),
-                    channels=tuple(layer["channels"]),
-                )
-                for layer in values.pop("layers")
-            )
-            return cls(layers=layers, **values)
+            plan = cls(layers=tuple(map(_read_layer, values.pop("layers"))), **values)
+            _check_fields(plan)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a compression plan: {error}") from None
+        return plan
+
+
+def _read_layer(values: dict[str, Any]) -> LayerPlan:
+    components = tuple(
+        (site, None if kept is None else _ascending(f"components of {site}", kept))
+        for site, kept in values["components"].items()
+    )
+    channels = _ascending("channels", values["channels"])
+    if values.keys() != {"layer", "components", "channels"}:
+        raise ValueError(f"unknown keys in a layer: {sorted(values)}")
+    return LayerPlan(layer=values["layer"], components=components, channels=channels)
+
+
+def _check_fields(plan: Plan) -> None:
+    _ascending("layers", [layer.layer for layer in plan.layers])
+    for name in ("num_bottom", "num_top"):
+        _ascending(name, [getattr(plan, name)])
+    for name in ("attention_budget", "mlp_budget"):
+        check_budget(name, getattr(plan, name))
+    if not isinstance(plan.method, str):
+        raise ValueError(f"method is {plan.method!r}, expected a name")
+
+
+def _ascending(name: str, values: Any) -> tuple[int, ...]:
+    indices = isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    if not indices or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"{name}: expected ascending indices, got {values!r:.80}")
+    return tuple(values)

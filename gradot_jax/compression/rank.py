@@ -34,5 +34,5 @@ def factorise(decomposition: SVD, kept: np.ndarray) -> tuple[jax.Array, jax.Arra
         `left [D_in, R]` and `right [R, D_out]`.
     """
     u, s, v = decomposition
-    root = jnp.sqrt(s[kept])
+    root = jnp.sqrt(s[kept])[None]
     return u[:, kept] * root, (v[:, kept] * root).T

@@ -24,7 +24,8 @@ class KroneckerFactors(NamedTuple):
         input_covariance: A, `[D_in, D_in]`, not centred.
         input_mean: `[D_in]`, the border of A for the bias.
         gradient_covariance: G, `[D_out, D_out]`.
-        gradient: dW and db of the mean loss, `[D_in, D_out]` and `[D_out]`; None if not asked for.
+        gradient: dW and db of the summed loss over N, `[D_in, D_out]` and `[D_out]`; None if not
+            asked for.
     """
 
     input_covariance: jax.Array

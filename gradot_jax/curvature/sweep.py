@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gradot_jax.linalg.summation import add, zero_sum
 
@@ -77,14 +78,10 @@ def sweep_layer(
         if cotangent.loss is not None:
             gradient, loss_back, _ = pull(cotangent.loss)
         sums = LayerSums(moments, gradient if with_gradient else None)
-        sums = jax.tree.map(lambda s: s.astype(jax.numpy.float32), sums)
+        sums = jax.tree.map(lambda s: s.astype(jnp.float32), sums)
         return add(running, sums), Cotangents(back, loss_back)
 
-    float32 = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jax.numpy.float32), weights)
-    zeros = LayerSums(taps, jax.tree.map(_zeros, float32) if with_gradient else None)
+    gradient = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    zeros = LayerSums(taps, gradient if with_gradient else None)
     running, cotangents = jax.lax.scan(one_batch, zero_sum(zeros), (hidden, mask, cotangents))
     return running.total, cotangents
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.numpy.zeros(like.shape, like.dtype)

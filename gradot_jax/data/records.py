@@ -146,14 +146,15 @@ def _json_rows(name: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]
 
 def _read_dataset(name: str, split: str) -> Records:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     path, config = name, None
     if not Path(name).is_dir():
         path, _, config = name.partition(":")
     try:
         table = datasets.load_dataset(path, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
         raise InputError(
             f"{name}@{split}: cannot be loaded as a data set: {reason} "
             "(a local .txt, .jsonl or .json file needs no network)"
@@ -164,7 +165,7 @@ def _read_dataset(name: str, split: str) -> Records:
     return _collect(((f"{label} row {i}", row) for i, row in enumerate(rows, start=1)), label)
 
 
-def _collect(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> Records:
+def _collect(rows: Iterable[tuple[str, Any]], source: str) -> Records:
     records: list[Any] = []
     kind: type[Records] = TextRecords
     first = ""

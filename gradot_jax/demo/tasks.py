@@ -216,6 +216,6 @@ def calibration_examples(
         stream = token_stream(tokenizer, texts[name], tokenizer.bos_token_id)
         starts = rng.integers(0, len(stream) - length, int((drawn == name).sum()))
         parts.append(windows(stream, starts, length))
-    # Sources take turns, so that any prefix of the sequences is a draw from the mixture too.
+    # Shuffled, so that any prefix of the sequences is a draw from the mixture too.
     order = rng.permutation(num_sequences)
     return Batch(*(np.concatenate(field)[order] for field in zip(*parts, strict=True)))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import gradot_jax
+from gradot_jax.errors import InputError
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -41,19 +42,23 @@ def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: when the result holds anything else.
+        InputError: when the file cannot be written.
     """
     path = Path(path)
     text = json.dumps(_plain(result), indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -63,7 +63,7 @@ def write_tensors(
     for name, written in iterate_tensors(path):
         array = arrays[name]
         same = (written.shape, written.dtype) == (array.shape, array.dtype)
-        if not same or written.tobytes() != array.tobytes():
+        if not same or not np.array_equal(_bytes(written), _bytes(array)):
             raise OSError(f"{path}: tensor {name} reads back differently from what was written")
 
 
@@ -184,6 +184,10 @@ def float_dtype(name: str) -> np.dtype:
     if name not in FLOATS:
         raise InputError(f"dtype {name!r} is not one of {', '.join(FLOATS)}")
     return jnp.dtype(name)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
 
 
 def _read_header(path: Path) -> dict:

@@ -65,7 +65,11 @@ def _ridge(matrix: np.ndarray, damping: float) -> float:
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    solution = np.linalg.solve(matrix, right)
+    try:
+        solution = np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:
+        # Kept components of singular value zero make it singular; every solution fits as well.
+        solution = np.linalg.lstsq(matrix, right, rcond=None)[0]
     if not np.isfinite(solution).all():
         raise ValueError(f"least squares of size {matrix.shape[0]} gave a non-finite solution")
     return solution

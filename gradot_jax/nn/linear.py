@@ -57,7 +57,7 @@ def linear(weights: Linear, x: jax.Array) -> jax.Array:
         y = jnp.dot(jnp.dot(x, weights.left), weights.right)
     else:
         y = jnp.dot(x, weights.kernel)
-    return y if weights.bias is None else y + weights.bias
+    return y if weights.bias is None else y + jnp.broadcast_to(weights.bias, y.shape)
 
 
 def dense_kernel(weights: Linear) -> jax.Array:

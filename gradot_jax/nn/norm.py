@@ -21,7 +21,7 @@ def layer_norm(weights: LayerNorm, x: jax.Array) -> jax.Array:
     h = h - h.mean(-1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + EPSILON)
     if weights.scale is not None:
-        h = h * weights.scale.astype(jnp.float32)
+        h = h * jnp.broadcast_to(weights.scale.astype(jnp.float32), h.shape)
     if weights.bias is not None:
-        h = h + weights.bias.astype(jnp.float32)
+        h = h + jnp.broadcast_to(weights.bias.astype(jnp.float32), h.shape)
     return h.astype(x.dtype)

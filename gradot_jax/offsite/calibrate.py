@@ -7,12 +7,13 @@ to bottom with one layer's factors alive at a time, and stops at the bottom adap
 
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gradot_jax.compression.layer import LayerFactors, LayerWeights
+from gradot_jax.compression.options import FisherKind
 from gradot_jax.curvature.factors import KroneckerFactors, normalise
 from gradot_jax.curvature.sweep import ApplyLayer, Cotangents, sweep_layer
 from gradot_jax.errors import InputError
@@ -38,8 +39,6 @@ from gradot_jax.nn.linear import Dense
 from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
 from gradot_jax.parallel import DeviceMesh
-
-FisherKind = Literal["empirical", "mc"]
 
 
 class CalibrationPass(NamedTuple):

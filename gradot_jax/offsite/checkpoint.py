@@ -63,7 +63,6 @@ class CheckpointStore:
                 self.folder,
                 preservation_policy=v1.training.preservation_policies.LatestN(keep),
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,
             )
 
     def __enter__(self) -> "CheckpointStore":

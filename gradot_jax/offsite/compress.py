@@ -1,23 +1,19 @@
 """The owner's step: a model, a split and calibration text in; a plan and an emulator out."""
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.compression.budget import (
-    Allocation,
     Pool,
     channel_pool,
-    check_budget,
     global_counts,
     rank_pool,
     uniform_counts,
 )
-from gradot_jax.compression.compensation import AttentionCompensation, MLPCompensation
 from gradot_jax.compression.layer import (
     Candidate,
     LayerTerms,
@@ -29,6 +25,7 @@ from gradot_jax.compression.layer import (
     propose,
 )
 from gradot_jax.compression.layer_drop import kept_layers
+from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.compression.plan import LayerPlan, Plan
 from gradot_jax.compression.rank import keep_order
 from gradot_jax.compression.score import combine
@@ -44,7 +41,6 @@ from gradot_jax.models.opt.params import (
 )
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.calibrate import (
-    FisherKind,
     attention_and_mlp,
     layer_factors,
     run_forward,
@@ -55,93 +51,7 @@ from gradot_jax.offsite.split import AdapterSpec, split_blocks
 from gradot_jax.parallel import DeviceMesh
 from gradot_jax.progress import track
 
-Method = Literal["gradot", "magnitude", "layer-drop", "empty"]
 _TERMS = {"gradot": gradot_terms, "magnitude": magnitude_terms}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompressionOptions:
-    """How to compress; the defaults are the paper's formulas.
-
-    Attributes:
-        method: `gradot` scores by GCS; `magnitude` by singular values and channel norms;
-            `layer-drop` keeps evenly spread layers; `empty` keeps no middle at all, the floor
-            against which the others are judged.
-        budget: share of the middle's parameters to keep, in (0, 1].
-        attention_budget: the same for attention alone; None for `budget`.
-        mlp_budget: the same for the MLPs alone; None for `budget`.
-        lambda_attention: weight of the loss term for attention, dimensionless; 0 leaves it out.
-        lambda_mlp: the same for the MLPs.
-        allocation: `uniform` gives every layer the same share; `global` ranks all layers
-            together.
-        rank_multiple: ranks are multiples of it (128 suits TPUs, 64 GPUs).
-        channel_multiple: the same for numbers of channels.
-        compensate_attention: `bias` shifts biases by the mean of what was removed, `refit` fits
-            the right factors on the calibration inputs; `none` is the paper.
-        compensate_mlp: `refit` fits fc2 on the calibration activations; `none` is the paper.
-        damping: ridge of the refits, relative to the mean diagonal of the second moment.
-        fisher: targets of the Fisher: the text's own (`empirical`) or sampled (`mc`).
-        seed: of sampled targets.
-    """
-
-    method: Method = "gradot"
-    budget: float = 0.6
-    attention_budget: float | None = None
-    mlp_budget: float | None = None
-    lambda_attention: float = 0.0
-    lambda_mlp: float = 0.0
-    allocation: Allocation = "uniform"
-    rank_multiple: int = 1
-    channel_multiple: int = 1
-    compensate_attention: AttentionCompensation = "none"
-    compensate_mlp: MLPCompensation = "none"
-    damping: float = 1e-4
-    fisher: FisherKind = "empirical"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks ranges and choices; raises InputError."""
-        for name in ("budget", "attention_budget", "mlp_budget"):
-            value = getattr(self, name)
-            if value is not None:
-                check_budget(name, value)
-        for name, kind in (
-            ("method", Method),
-            ("allocation", Allocation),
-            ("compensate_attention", AttentionCompensation),
-            ("compensate_mlp", MLPCompensation),
-            ("fisher", FisherKind),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise InputError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("rank_multiple", "channel_multiple"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.damping > 0:
-            raise InputError(f"damping must be positive, got {self.damping}")
-
-    @property
-    def budgets(self) -> tuple[float, float]:
-        """Budgets of attention and MLP."""
-        attention = self.budget if self.attention_budget is None else self.attention_budget
-        return attention, self.budget if self.mlp_budget is None else self.mlp_budget
-
-    @property
-    def compensates(self) -> bool:
-        """Whether factors are read after scoring."""
-        return self.compensate_attention != "none" or self.compensate_mlp != "none"
-
-    @property
-    def reads_gradient(self) -> bool:
-        """Whether weight gradients are read."""
-        uses_lambda = self.lambda_attention != 0 or self.lambda_mlp != 0
-        return self.method == "gradot" and uses_lambda
-
-    @property
-    def reads_factors(self) -> bool:
-        """Whether calibration text is read at all."""
-        return self.method == "gradot" or (self.method == "magnitude" and self.compensates)
 
 
 class Compression(NamedTuple):
@@ -199,6 +109,8 @@ def run_compression(
     progress: bool = False,
 ) -> Compression:
     """`compress`, returning scores and the calibration record as well."""
+    if options.compensate_attention == "bias" and not config.enable_bias:
+        raise InputError("compensate_attention = 'bias' needs a model with biases")
     adapter, middle = split_blocks(params, split)
     scores: dict[str, np.ndarray] = {}
     calibration: dict[str, Any] = {}
@@ -277,6 +189,7 @@ def _shrink_layers(config, params, split, batches, options, mesh, progress):
         if not options.compensates:
             candidate = candidate._replace(factors=None)
         terms[layer] = jax.device_get(candidate.terms)
+        _check_finite(split.num_bottom + layer, terms[layer])
         if uniform is None:
             candidates[layer] = candidate
         else:
@@ -298,6 +211,15 @@ def _shrink_layers(config, params, split, batches, options, mesh, progress):
     }
     layers, blocks = zip(*(cut[i] for i in range(num_layers)), strict=True)
     return layers, blocks, scores, calibration
+
+
+def _check_finite(layer: int, terms: LayerTerms) -> None:
+    # A NaN would sort somewhere and pass for a choice.
+    if not all(np.isfinite(term).all() for term in jax.tree.leaves(terms)):
+        raise InputError(
+            f"layer {layer}: the scores are not finite; a gradient of the calibration loss "
+            "overflows, keep the original in bfloat16 or float32"
+        )
 
 
 def _pools(config: OPTConfig, options: CompressionOptions) -> tuple[list[Pool], list[Pool]]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import summed_loss
 from gradot_jax.models.opt.params import Block, Params, Shell
@@ -66,6 +67,9 @@ def gradient_fidelity(
         params: the full original model.
         emulator: a compression of it.
         batches: held-out text; gradients are of the mean loss over all of it.
+
+    Raises:
+        InputError: without a batch that counts a token, or when a loss is not finite.
     """
     batches = list(batches)
     original, middle = split_blocks(params, emulator.adapter.spec)
@@ -93,6 +97,10 @@ def _mean_gradient(config, shell, adapter, middle, batches) -> tuple[float, Adap
         (loss, number), part = _summed_gradient(config, shell, adapter, middle, batch)
         gradient = jax.tree.map(lambda s, p: s + np.asarray(p, np.float64), gradient, part)
         total, count = total + float(loss), count + float(number)
+    if not count:
+        raise InputError("gradient fidelity needs at least one batch with a counted token")
+    if not np.isfinite(total):
+        raise InputError("the loss on the held-out text is not finite")
     return total / count, jax.tree.map(lambda s: s / count, gradient)
 
 

@@ -212,8 +212,9 @@ def _config(values: Any, where: str) -> OPTConfig:
         raise InputError(f"{where}: expected an object, got {type(values).__name__}")
     config = OPTConfig.from_hf(values, where)
     _check_keys(values, config.to_hf(), where)
-    if values != config.to_hf():
-        raise InputError(f"{where}: architectures must be {config.to_hf()['architectures']}")
+    differing = sorted(key for key, value in config.to_hf().items() if values[key] != value)
+    if differing:
+        raise InputError(f"{where}: not the values of an OPT model: {', '.join(differing)}")
     _integer(config.num_hidden_layers, 1, MAX_LAYERS, f"{where}: num_hidden_layers")
     return config
 

@@ -21,14 +21,18 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
         InputError: when the adapter's arrays do not fit the blocks that they replace.
     """
     original, middle = split_blocks(params, adapter.spec)
-    expected = jax.tree_util.tree_flatten_with_path(original)[0]
-    got = jax.tree_util.tree_flatten_with_path(adapter)[0]
+    expected, got = _shapes(original), _shapes(adapter)
     differing = [
-        f"{jax.tree_util.keystr(path)}: got {leaf.shape}"
-        for path, leaf in got
-        if (path, leaf.shape) not in {(p, e.shape) for p, e in expected}
+        f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | got.keys())
+        if got.get(name) != expected.get(name)
     ]
-    if differing or len(expected) != len(got):
+    if differing:
         raise InputError("the adapter does not fit this model: " + "; ".join(differing[:8]))
     cast = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter, original)
     return Params(params.shell, (concatenate_blocks((cast.bottom, middle, cast.top)),))
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(adapter)[0]
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}

@@ -7,7 +7,7 @@ all of that holds, so that a damaged or altered file meets a hash and not a pars
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import regular_file
 from gradot_jax.files.strict_json import parse_json, write_json
-from gradot_jax.files.tensors import copy_finite, float_dtype, write_tensors
+from gradot_jax.files.tensors import copy_finite, float_dtype, read_tensors, write_tensors
 from gradot_jax.offsite.manifest import FileRecord
 from gradot_jax.offsite.names import Schema
 
@@ -122,7 +122,7 @@ def tensor_file_limit(schema: Schema, itemsize: int) -> int:
 
 
 def write_stored(
-    path: Path, tensors: Iterator[tuple[str, np.ndarray]], schema: Schema, dtype: str
+    path: Path, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: str
 ) -> None:
     """Writes tensors that fit a schema, cast to the stored dtype.
 
@@ -130,7 +130,7 @@ def write_stored(
         InputError: for a name or shape that differs from the schema, or a number that is not
             finite in the stored dtype.
     """
-    stored = {name: cast_finite(path.name, name, array, dtype) for name, array in tensors}
+    stored = {name: _cast(path.name, name, array, dtype) for name, array in tensors}
     shapes = {name: array.shape for name, array in stored.items()}
     if shapes != schema:
         differing = sorted(dict(shapes.items() ^ schema.items()))
@@ -138,9 +138,22 @@ def write_stored(
     write_tensors(path, stored)
 
 
-def cast_finite(where: str, name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
-    """An array in a dtype (its own for None); InputError when a number is then not finite."""
-    target = np.empty(array.shape, array.dtype if dtype is None else float_dtype(dtype))
+def read_stored(
+    path: Path, schema: Schema, stored: str, dtype: str | None
+) -> dict[str, np.ndarray]:
+    """Reads tensors that fit a schema exactly, cast to a dtype unless it is None.
+
+    Raises:
+        InputError: when the file is damaged, holds other tensors, or a number that is not finite.
+    """
+    tensors = read_tensors(path, schema, (stored,))
+    if dtype in (None, stored):
+        return tensors
+    return {name: _cast(str(path), name, array, dtype) for name, array in tensors.items()}
+
+
+def _cast(where: str, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    target = np.empty(array.shape, float_dtype(dtype))
     copy_finite(where, name, array, target)
     return target
 

@@ -187,6 +187,8 @@ def _write_shards(
         write_tensors(folder / f"part-{len(parts)}", shard, {"format": "pt"})
         parts.append(list(shard))
         total += sum(array.nbytes for array in shard.values())
+        # Lets go of this shard before the next one is gathered.
+        shard.clear()
     if len(parts) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return

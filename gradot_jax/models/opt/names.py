@@ -5,8 +5,8 @@ is numpy on the host, one block at a time.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-import jax
 import numpy as np
 
 from gradot_jax.models.opt.config import OPTConfig
@@ -17,6 +17,10 @@ from gradot_jax.nn.norm import LayerNorm
 DECODER = "model.decoder."
 EMBED_TOKENS = f"{DECODER}embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+
+# Of numpy: parameters are declared as JAX arrays, and until they are placed hold numpy's.
+Tensors = Mapping[str, Any]
+
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
@@ -130,7 +134,7 @@ def _norm_to_hf(name: str, norm: LayerNorm) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{name}.bias", np.asarray(norm.bias)
 
 
-def block_from_hf(config: OPTConfig, tensors: Mapping[str, np.ndarray], prefix: str) -> Block:
+def block_from_hf(config: OPTConfig, tensors: Tensors, prefix: str) -> Block:
     """One dense block from torch tensors `prefix + name` that fit `block_schema`."""
 
     def dense(site: str) -> Dense:
@@ -138,11 +142,12 @@ def block_from_hf(config: OPTConfig, tensors: Mapping[str, np.ndarray], prefix: 
         bias = tensors[name + "bias"] if config.enable_bias else None
         return Dense(tensors[name + "weight"].T, bias)
 
-    norms = {name: _norm_from_hf(config, tensors, prefix + name) for name in _NORMS}
-    return Block(**{site: dense(site) for site in SITES}, **norms)
+    parts: dict[str, Any] = {site: dense(site) for site in SITES}
+    parts |= {name: _norm_from_hf(config, tensors, prefix + name) for name in _NORMS}
+    return Block(**parts)
 
 
-def shell_from_hf(config: OPTConfig, tensors: Mapping[str, np.ndarray]) -> Shell:
+def shell_from_hf(config: OPTConfig, tensors: Tensors) -> Shell:
     """The shell from torch tensors that fit `shell_schema`."""
 
     def projection(name: str) -> Dense | None:
@@ -163,12 +168,7 @@ def shell_from_hf(config: OPTConfig, tensors: Mapping[str, np.ndarray]) -> Shell
     )
 
 
-def _norm_from_hf(config: OPTConfig, tensors: Mapping[str, np.ndarray], name: str) -> LayerNorm:
+def _norm_from_hf(config: OPTConfig, tensors: Tensors, name: str) -> LayerNorm:
     if not config.layer_norm_elementwise_affine:
         return LayerNorm(None, None)
     return LayerNorm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-
-
-def host_tree(tree):
-    """The same tree with numpy leaves."""
-    return jax.tree.map(np.asarray, tree)

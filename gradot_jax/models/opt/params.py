@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.nn.linear import Dense, Linear
@@ -104,16 +105,35 @@ def unstack_blocks(segments: Sequence[Block]) -> list[Block]:
     return [get_block(stack, i) for stack in segments for i in range(depth(stack))]
 
 
-def segment_blocks(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Stacks each run of consecutive blocks of equal shape."""
+def segment_blocks(blocks: Sequence[Block], *, pad: bool = False) -> tuple[Block, ...]:
+    """Stacks each run of consecutive blocks of equal shape.
+
+    Args:
+        blocks: single blocks of one model, in depth order.
+        pad: stack blocks that differ in ranks and channels alone as well, filled up with zeros to
+            the largest of their run: fewer scans to compile, the same function.
+    """
+
+    def kind(block: Block) -> Block:
+        return jax.tree.map(lambda leaf: leaf.dtype if pad else (leaf.shape, leaf.dtype), block)
+
     runs: list[list[Block]] = []
     for block in blocks:
-        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), block)
-        if runs and shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), runs[-1][0]):
+        if runs and kind(block) == kind(runs[-1][0]):
             runs[-1].append(block)
         else:
             runs.append([block])
-    return tuple(stack_blocks(run) for run in runs)
+    return tuple(stack_blocks(_pad_to_largest(run) if pad else run) for run in runs)
+
+
+def _pad_to_largest(run: list[Block]) -> list[Block]:
+    # Ranks and channels are all that differs within a model, and zeros there add nothing.
+    largest = jax.tree.map(lambda *leaves: np.max([leaf.shape for leaf in leaves], axis=0), *run)
+
+    def pad(leaf: jax.Array, shape: np.ndarray) -> jax.Array:
+        return jnp.pad(leaf, [(0, n) for n in shape - np.array(leaf.shape)])
+
+    return [jax.tree.map(pad, block, largest) for block in run]
 
 
 def count_params(tree) -> int:

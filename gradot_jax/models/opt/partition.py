@@ -50,8 +50,8 @@ def shard_params(tree, mesh: DeviceMesh):
 
 
 def _spec(path, shape: tuple[int, ...], model_size: int) -> PartitionSpec:
-    names = [str(getattr(entry, "name", "")) for entry in path][-2:]
-    axis = _AXES.get(tuple(names), _SHELL_AXES.get(names[-1]) if names else None)
+    owner, field = ["", "", *(str(getattr(entry, "name", "")) for entry in path)][-2:]
+    axis = _AXES.get((owner, field), _SHELL_AXES.get(field))
     if axis is None or shape[axis] % model_size:
         return PartitionSpec()
     axes: list[str | None] = [None] * len(shape)

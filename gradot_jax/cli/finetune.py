@@ -1,0 +1,121 @@
+"""`gradot finetune`: the data owner's step."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from gradot_jax.cli.common import OnDevices, check_new, fit_batch
+from gradot_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune(OnDevices):
+    """Tunes the adapter of a bundle on the data owner's text; all else stays frozen.
+
+    Writes OUT/adapter, to return to the model's owner, OUT/metrics.jsonl, and OUT/checkpoints,
+    from which --resume goes on. With validation data the adapter of least validation loss is
+    returned, never one worse than the adapter that was shipped.
+
+    Example: gradot finetune --bundle opt-1.3b-offsite/bundle --train train.jsonl
+    --validation dev.jsonl --num-steps 500 --learning-rate 5e-5 --out tuned
+
+    Attributes:
+        bundle: folder that the model's owner shipped.
+        train: a .txt file or JSON lines with `text` (loss on all tokens), or JSON lines with
+            `prompt` and `completion` (loss on the completion), or the name of a dataset.
+        out: folder to make.
+        validation: the same kind of data, to choose the best adapter.
+        num_steps: batches to train on.
+        batch_size: examples a batch.
+        accumulate: batches whose gradients make one update.
+        learning_rate: the peak of the schedule.
+        schedule: how it falls after the warm-up.
+        warmup_steps: updates over which it rises.
+        weight_decay: of matrices.
+        clip_norm: largest norm of the gradient.
+        sequence_length: tokens an example at most; by default what the model takes, up to 2,048.
+        evaluate_every: steps between validations and checkpoints; by default a tenth of the run.
+        remat: recompute blocks in the backward pass, to save memory.
+        seed: of the order of examples.
+        resume: go on from the newest checkpoint in OUT, or start where there is none.
+        overwrite: replace an existing folder.
+    """
+
+    bundle: Path
+    train: str
+    out: Path
+    validation: str | None = None
+    num_steps: int = 300
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    sequence_length: int | None = None
+    evaluate_every: int | None = None
+    remat: bool = False
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Executes the command."""
+        if self.resume and self.overwrite:
+            raise InputError("--resume goes on with a folder that --overwrite would replace")
+        check_new(self.out, overwrite=self.overwrite or self.resume)
+        import shutil
+        from functools import partial
+
+        from gradot_jax.cli.data import training_examples
+        from gradot_jax.data.examples import epoch_batches, eval_batches
+        from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
+        from gradot_jax.offsite.adapter_file import save_adapter
+        from gradot_jax.offsite.bundle import load_bundle
+        from gradot_jax.offsite.finetune import finetune_adapter
+        from gradot_jax.offsite.optimizer import make_optimizer
+
+        mesh = self.device_mesh()
+        optimizer = make_optimizer(
+            learning_rate=self.learning_rate,
+            num_steps=max(self.num_steps // max(self.accumulate, 1), 1),
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            accumulate=self.accumulate,
+        )
+        bundle = load_bundle(self.bundle, dtype="float32")
+        tokenizer = load_tokenizer(self.bundle)
+        check_vocabulary(tokenizer, bundle.config.vocab_size)
+        examples = training_examples(tokenizer, bundle.config, self.train, self.sequence_length)
+        batch_size = fit_batch(examples, self.batch_size, mesh)
+        validation = None
+        if self.validation is not None:
+            held_out = training_examples(
+                tokenizer, bundle.config, self.validation, self.sequence_length
+            )
+            validation = list(eval_batches(held_out, batch_size))
+        if self.overwrite:
+            shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        adapter = finetune_adapter(
+            bundle.config,
+            bundle.emulator,
+            lambda step: epoch_batches(examples, batch_size, seed=self.seed, start_step=step),
+            optimizer,
+            num_steps=self.num_steps,
+            validation_batches=validation,
+            evaluate_every=self.evaluate_every or max(self.num_steps // 10, 1),
+            compute_dtype=self.dtype,
+            remat=self.remat,
+            mesh=mesh,
+            checkpoints=self.out / "checkpoints",
+            resume=self.resume,
+            metrics_path=self.out / "metrics.jsonl",
+            progress=True,
+        )
+        save = partial(save_adapter, self.out / "adapter", overwrite=self.resume)
+        save(adapter, bundle)
+        print(f"{self.out / 'adapter'}: to return to the model's owner")

@@ -1,0 +1,75 @@
+"""Entry point of the `gradot` program: parsing, errors and exit codes, without JAX."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from gradot_jax.cli.compress import Compress
+from gradot_jax.cli.demo import Demo
+from gradot_jax.cli.evaluate import Evaluate
+from gradot_jax.cli.export import Export
+from gradot_jax.cli.finetune import Finetune
+from gradot_jax.cli.inspect import Inspect
+from gradot_jax.cli.plug_in import PlugIn
+from gradot_jax.errors import InputError
+
+DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[PlugIn, tyro.conf.subcommand("plug-in")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+DESCRIPTION = """Offsite-tuning of language models without training the emulator (GradOT).
+
+The owner of a model compresses its middle and ships a bundle (compress); the owner of data tunes
+the adapter in it and returns that (finetune); the model's owner puts it around the original
+middle (plug-in). Everything in between can be measured (evaluate), looked at (inspect) and turned
+into a plain checkpoint (export). `gradot demo` shows all of it on a small bundled model.
+
+Exit codes: 0 done, 2 usage, 3 refused input, 143 interrupted with its state saved."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gradot_jax").setLevel(logging.INFO)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        command = tyro.cli(
+            Command,
+            prog="gradot",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        command.run()
+    except KeyboardInterrupt:
+        print("gradot: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        refused = isinstance(error, InputError)
+        paragraph = " ".join(str(error).split())
+        kind = "" if refused else f"{type(error).__name__}: "
+        print(f"gradot: error: {kind}{paragraph}", file=sys.stderr)
+        return REFUSED if refused else getattr(error, "exit_code", FAILED)
+    return DONE
+
+
+def program() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    program()

@@ -1,0 +1,84 @@
+"""The README of a bundle and of an adapter, made from the manifest alone."""
+
+import math
+from typing import NamedTuple
+
+from gradot_jax.models.opt.names import model_schema, shell_schema
+from gradot_jax.offsite.manifest import AdapterManifest, BundleManifest
+from gradot_jax.offsite.names import Schema, adapter_schema, middle_schema
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters around a bundle.
+
+    Attributes:
+        original: of the full model.
+        shipped: in the bundle.
+        unchanged: embeddings, head and outer blocks, which every emulator ships as they are.
+    """
+
+    original: int
+    shipped: int
+    unchanged: int
+
+
+def count_parameters(manifest: BundleManifest) -> ParameterCounts:
+    """Counts parameters from the shapes that a manifest declares."""
+    config = manifest.config
+    unchanged = _size(shell_schema(config)) + _size(adapter_schema(config, manifest.spec))
+    shipped = unchanged + _size(middle_schema(config, manifest.shapes))
+    return ParameterCounts(_size(model_schema(config)), shipped, unchanged)
+
+
+def _size(schema: Schema) -> int:
+    return sum(math.prod(shape) for shape in schema.values())
+
+
+def bundle_card(manifest: BundleManifest) -> str:
+    """The README of a bundle: what it is, what it discloses and how to use it."""
+    counts, config, spec = count_parameters(manifest), manifest.config, manifest.spec
+    middle = config.num_hidden_layers - spec.num_bottom - spec.num_top
+    shipped, unchanged = (f"{n / counts.original:.1%}" for n in (counts.shipped, counts.unchanged))
+    return f"""\
+# Emulator of an OPT model
+
+An emulator for offsite-tuning: fine-tune its outer blocks on your own text and send back those
+blocks alone. The model that they come from, and your text, stay where they are.
+
+| | |
+|---|---|
+| model | OPT, {config.num_hidden_layers} blocks of width {config.hidden_size} |
+| trained by you | first {spec.num_bottom} and last {spec.num_top} blocks |
+| compressed and frozen | the {middle} blocks between, as {len(manifest.shapes)} layers |
+| method | {manifest.method} |
+| budget | attention {manifest.attention_budget:g}, MLP {manifest.mlp_budget:g} |
+| dtype | {manifest.dtype} |
+| parameters | {counts.shipped:,}, {shipped} of the original's |
+| shipped unchanged | {counts.unchanged:,}, {unchanged} of the original's |
+
+Shipped unchanged are embeddings, final norm, head and outer blocks. In the compressed layers,
+norms, biases, kept MLP channels and matrices that stay dense may be exact copies as well. The
+privacy of what was left out is an empirical gap in quality, not a proof.
+
+## Use
+
+`gradot_jax.offsite.bundle.load_bundle` verifies this folder and reads it. Train
+`emulator.adapter`, keep `emulator.shell` and `emulator.middle` frozen, and write what goes back
+with `gradot_jax.offsite.adapter_file.save_adapter`.
+
+The licence of the original model applies.
+"""
+
+
+def adapter_card(manifest: AdapterManifest) -> str:
+    """The README of a tuned adapter."""
+    config, spec = manifest.config, manifest.spec
+    return f"""\
+# Tuned adapter of an OPT model
+
+The first {spec.num_bottom} and last {spec.num_top} of {config.num_hidden_layers} blocks, tuned
+around an emulator, in {manifest.dtype}. They replace the same blocks of the original model:
+`gradot_jax.offsite.adapter_file.load_adapter` reads this folder and `check_adapter` verifies that
+it belongs to a model. It holds weights only, and no text, loss or state of the training.
+Weights can still reveal something of the text that they were trained on.
+"""

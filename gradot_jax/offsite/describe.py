@@ -1,0 +1,117 @@
+"""Describing a folder: what a bundle, an adapter or a checkpoint holds, without loading it."""
+
+from pathlib import Path
+
+from gradot_jax.errors import InputError
+from gradot_jax.files.folder import regular_file
+from gradot_jax.files.strict_json import read_json
+from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.offsite.adapter_file import read_adapter_manifest
+from gradot_jax.offsite.bundle import read_bundle_manifest
+from gradot_jax.offsite.card import count_parameters
+from gradot_jax.offsite.manifest import AdapterManifest, BundleManifest
+from gradot_jax.offsite.sealed_folder import MANIFEST, digest_matches, read_manifest
+
+
+def describe(path: str | Path) -> dict[str, str]:
+    """What a folder holds, as labels and values fit for a terminal.
+
+    The digest of each listed file is computed and compared; a difference is reported and raises
+    nothing, so that a damaged folder can be looked at. No tensor is read.
+
+    Args:
+        path: a bundle, an adapter or a Hugging Face checkpoint.
+
+    Raises:
+        InputError: when the folder is none of these.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if (folder / MANIFEST).is_file():
+        lines = _describe_sealed(folder)
+    elif (folder / "config.json").is_file():
+        lines = _describe_checkpoint(folder)
+    else:
+        raise InputError(f"{folder}: neither a bundle, an adapter nor a Hugging Face checkpoint")
+    return {printable(label): printable(value) for label, value in lines.items()}
+
+
+def printable(text: str) -> str:
+    """A text with its control and other unprintable characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _describe_sealed(folder: Path) -> dict[str, str]:
+    values, _ = read_manifest(folder)
+    if values.get("format") == AdapterManifest.kind:
+        adapter = read_adapter_manifest(folder)
+        return {
+            "kind": "tuned adapter",
+            **_describe_common(adapter),
+            "tuned in bundle": adapter.emulator_digest,
+            **_describe_files(folder, adapter),
+        }
+    bundle, digest = read_bundle_manifest(folder)
+    counts = count_parameters(bundle)
+    return {
+        "kind": "emulator bundle",
+        **_describe_common(bundle),
+        "method": bundle.method,
+        "budget": f"attention {bundle.attention_budget:g}, MLP {bundle.mlp_budget:g}",
+        "parameters": f"{counts.shipped:,} of the original's {counts.original:,}",
+        "shipped unchanged": f"{counts.unchanged / counts.original:.1%} of the original's",
+        **_describe_middle(bundle),
+        "bundle digest": digest,
+        **_describe_files(folder, bundle),
+    }
+
+
+def _describe_common(manifest: BundleManifest | AdapterManifest) -> dict[str, str]:
+    spec = manifest.spec
+    return {
+        **_describe_config(manifest.config),
+        "split": f"first {spec.num_bottom} and last {spec.num_top} blocks are trained",
+        "dtype": manifest.dtype,
+        "base digest": manifest.base_digest,
+    }
+
+
+def _describe_config(config: OPTConfig) -> dict[str, str]:
+    norms = "before" if config.do_layer_norm_before else "after"
+    return {
+        "model": (
+            f"OPT, {config.num_hidden_layers} blocks, width {config.hidden_size}, "
+            f"{config.num_attention_heads} heads, FFN {config.ffn_dim}, "
+            f"vocabulary {config.vocab_size}, norms {norms}, {config.activation_function}"
+        )
+    }
+
+
+def _describe_middle(manifest: BundleManifest) -> dict[str, str]:
+    def shape(layer) -> str:
+        ranks = (f"{site} {'dense' if rank is None else rank}" for site, rank in layer.ranks)
+        return f"{', '.join(ranks)}, channels {layer.num_channels}"
+
+    return {f"middle {j}": shape(layer) for j, layer in enumerate(manifest.shapes)}
+
+
+def _describe_files(folder: Path, manifest: BundleManifest | AdapterManifest) -> dict[str, str]:
+    files = {
+        f"file {name}": f"{record.bytes:,} bytes, "
+        + ("digest verified" if digest_matches(folder, name, record) else "DIGEST DIFFERS")
+        for name, record in manifest.files.items()
+    }
+    extra = sorted({path.name for path in folder.iterdir()} - {MANIFEST, *manifest.files})
+    return files | {f"file {name}": "NOT LISTED" for name in extra}
+
+
+def _describe_checkpoint(folder: Path) -> dict[str, str]:
+    file = regular_file(folder, "config.json")
+    config = OPTConfig.from_hf(read_json(file), str(file))
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {
+        "kind": "Hugging Face checkpoint",
+        **_describe_config(config),
+        **{f"file {path.name}": f"{path.stat().st_size:,} bytes, no digest" for path in files},
+    }

@@ -1,0 +1,60 @@
+"""The owner's folder: the record of a compression, which never leaves the house.
+
+It has the indices that were kept, the scores and what calibrated them. Nothing that writes a
+bundle or an adapter accepts any of these.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradot_jax.compression.plan import Plan
+from gradot_jax.errors import InputError
+from gradot_jax.files.folder import output_folder, regular_file
+from gradot_jax.files.strict_json import write_json
+from gradot_jax.files.tensors import write_tensors
+
+PLAN_FILE = "plan.json"
+SCORES_FILE = "scores.safetensors"
+CALIBRATION_FILE = "calibration.json"
+
+
+def save_owner(
+    path: str | Path,
+    plan: Plan,
+    scores: Mapping[str, np.ndarray],
+    calibration: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes the owner's folder; it appears whole or not at all, see `output_folder`.
+
+    Args:
+        path: the folder to make.
+        plan: what each layer keeps.
+        scores: arrays by name.
+        calibration: JSON values that record the calibration.
+        overwrite: replace an existing folder.
+
+    Raises:
+        InputError: when `path` may not be written.
+    """
+    with output_folder(path, overwrite=overwrite) as folder:
+        (folder / PLAN_FILE).write_text(plan.to_json())
+        write_tensors(folder / SCORES_FILE, scores)
+        write_json(folder / CALIBRATION_FILE, dict(calibration))
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan in an owner's folder.
+
+    Raises:
+        InputError: when there is none, or it is damaged.
+    """
+    file = regular_file(Path(path), PLAN_FILE)
+    try:
+        return Plan.from_json(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
