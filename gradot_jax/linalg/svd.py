@@ -28,8 +28,8 @@ def svd(matrices: jax.Array) -> SVD:
     """Decomposes matrices in float32 on the device, or in float64 on the host where that fails.
 
     Signs are canonical: the entry of largest magnitude in each left vector is positive.
-    `jnp.linalg.svd` answers a non-finite input with silent NaNs and may return one bad matrix of
-    many on an accelerator, so input and result are checked.
+    Given a non-finite matrix `jnp.linalg.svd` returns silent NaNs or, on a CPU, never returns; on
+    an accelerator it may spoil one matrix of many. So input and result are checked.
 
     Args:
         matrices: `[N, D_in, D_out]`, any float dtype.
@@ -42,9 +42,11 @@ def svd(matrices: jax.Array) -> SVD:
     """
     chex.assert_rank(matrices, 3)
     matrices = matrices.astype(jnp.float32)
-    finite, result, residual = _svd_with_residual(matrices)
-    for index in np.flatnonzero(~np.asarray(finite)):
-        raise ValueError(f"matrix {index} of {matrices.shape[0]} to decompose is not finite")
+    finite = np.asarray(jnp.isfinite(matrices).all((-2, -1)))
+    if not finite.all():
+        index = int(np.argmin(finite))
+        raise ValueError(f"matrix {index} of {len(finite)} to decompose is not finite")
+    result, residual = _svd_with_residual(matrices)
     failed = np.flatnonzero(~(np.asarray(residual) <= _RESIDUAL_LIMIT))
     if failed.size:
         u, s, vt = np.linalg.svd(np.asarray(matrices, np.float64)[failed], full_matrices=False)
@@ -54,12 +56,11 @@ def svd(matrices: jax.Array) -> SVD:
 
 
 @jax.jit
-def _svd_with_residual(matrices: jax.Array) -> tuple[jax.Array, SVD, jax.Array]:
-    finite = jnp.isfinite(matrices).all((-2, -1))
+def _svd_with_residual(matrices: jax.Array) -> tuple[SVD, jax.Array]:
     result = _canonical(*jnp.linalg.svd(matrices, full_matrices=False))
     error = jnp.linalg.norm(matrices - reconstruct(result), axis=(-2, -1))
     scale = jnp.linalg.norm(matrices, axis=(-2, -1))
-    return finite, result, error / jnp.where(scale > 0, scale, 1)
+    return result, error / jnp.where(scale > 0, scale, 1)
 
 
 def _canonical(u: jax.Array, s: jax.Array, vt: jax.Array) -> SVD:

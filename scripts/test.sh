@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the test suite; arguments go to pytest.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." && source scripts/setup_venv.sh
+setup_venv test
+exec .venv/bin/python -m pytest --numprocesses 2 "$@"

@@ -1,0 +1,215 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gradot_jax.cli.main import main
+from gradot_jax.models.opt.forward import forward
+from gradot_jax.models.opt.hf import load_opt
+from gradot_jax.offsite.adapter_file import load_adapter_for
+from gradot_jax.offsite.bundle import load_bundle
+
+IDS = np.array([[2, 4, 5, 7, 9, 11], [2, 22, 3, 8, 10, 6]], np.int32)
+DONE, USAGE, REFUSED = 0, 2, 3
+
+
+def compress(checkpoint, text, out, *more):
+    split = ["--num-bottom", "1", "--num-top", "0", "--mesh", "1", "1"]
+    data = ["--calibration", str(text), "--budget", "0.5"]
+    return main(["compress", "--model", str(checkpoint), *data, "--out", str(out), *split, *more])
+
+
+def finetune(bundle, train, out, *more):
+    settings = ["--num-steps", "4", "--batch-size", "2", "--learning-rate", "1e-2"]
+    devices = ["--mesh", "1", "1"]
+    where = ["--bundle", str(bundle), "--train", str(train), "--out", str(out)]
+    return main(["finetune", *where, *settings, *devices, *more])
+
+
+def torch_logits(folder):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, report = transformers.OPTForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        return model(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
+
+
+def test_flax_checkpoint_goes_through_to_a_plugged_in_model(any_checkpoint, text, tmp_path):
+    run, tuned, out = tmp_path / "run", tmp_path / "tuned", tmp_path / "out"
+    assert compress(any_checkpoint, text, run) == DONE
+    assert finetune(run / "bundle", text, tuned, "--validation", str(text)) == DONE
+    plug_in = ["plug-in", "--model", str(any_checkpoint), "--adapter", str(tuned / "adapter")]
+    assert main([*plug_in, "--out", str(out)]) == DONE
+
+    config, original = load_opt(any_checkpoint)
+    _, plugged = load_opt(out)
+    before, after = original.segments[0], plugged.segments[0]
+    assert not np.array_equal(before.fc1.kernel[0], after.fc1.kernel[0])
+    np.testing.assert_array_equal(before.fc1.kernel[1], after.fc1.kernel[1])
+    np.testing.assert_array_equal(original.shell.embed_tokens, plugged.shell.embed_tokens)
+    logits = forward(config, plugged, IDS)
+    np.testing.assert_allclose(torch_logits(out), logits, atol=1e-4)
+
+
+def test_exported_emulator_is_the_emulator_in_torch(any_checkpoint, text, tmp_path):
+    run, tuned, out = tmp_path / "run", tmp_path / "tuned", tmp_path / "out"
+    assert compress(any_checkpoint, text, run) == DONE
+    assert finetune(run / "bundle", text, tuned) == DONE
+    adapter = ["--adapter", str(tuned / "adapter")]
+    assert main(["export", "--bundle", str(run / "bundle"), *adapter, "--out", str(out)]) == DONE
+
+    bundle = load_bundle(run / "bundle")
+    adapter = load_adapter_for(tuned / "adapter", bundle)
+    logits = forward(bundle.config, bundle.emulator.assemble(adapter), IDS)
+    config, exported = load_opt(out)
+    np.testing.assert_allclose(forward(config, exported, IDS), logits, atol=1e-5)
+    np.testing.assert_allclose(torch_logits(out), logits, atol=1e-4)
+
+
+def test_evaluate_measures_models_and_emulators(checkpoint, text, prompts, tmp_path, capsys):
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text('{"question": "the cat", "choices": ["sat", "ran home"], "answer": 1}\n')
+    assert compress(checkpoint, text, run) == DONE
+    assert finetune(run / "bundle", prompts, tuned) == DONE
+    bundle = ["--bundle", str(run / "bundle")]
+    cases = {
+        "perplexity": (["--model", str(checkpoint)], text),
+        "exact_match": ([*bundle, "--adapter", str(tuned / "adapter")], prompts),
+        "accuracy": (bundle, choices),
+    }
+    for metric, (model, data) in cases.items():
+        out = tmp_path / f"{metric}.json"
+        code = main(["evaluate", *model, "--data", str(data), "--out", str(out)])
+        assert code == DONE, capsys.readouterr().err
+        result = json.loads(out.read_text())
+        assert np.isfinite(result["metrics"][metric])
+        assert result["environment"]["jax"] and len(result["data"]["digest"]) == 64
+
+
+def test_inspect_tells_what_a_folder_holds(checkpoint, text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert compress(checkpoint, text, run) == DONE
+    capsys.readouterr()
+    for folder in (run / "bundle", checkpoint):
+        assert main(["inspect", str(folder)]) == DONE
+        assert capsys.readouterr().out.strip()
+
+
+def test_bundle_and_owner_folders_hold_what_is_theirs(checkpoint, text, tmp_path):
+    run = tmp_path / "run"
+    assert compress(checkpoint, text, run) == DONE
+    assert {path.name for path in (run / "owner").iterdir()} == {
+        "plan.json",
+        "scores.safetensors",
+        "calibration.json",
+    }
+    shipped = b"".join(path.read_bytes() for path in (run / "bundle").iterdir())
+    for secret in (str(tmp_path).encode(), text.name.encode(), b"channels_hessian"):
+        assert secret not in shipped
+
+
+def test_resumed_run_ends_where_an_unbroken_one_does(checkpoint, text, tmp_path):
+    run = tmp_path / "run"
+    assert compress(checkpoint, text, run) == DONE
+    bundle = run / "bundle"
+    every = ["--evaluate-every", "2", "--schedule", "constant"]
+    assert finetune(bundle, text, tmp_path / "whole", *every) == DONE
+    assert finetune(bundle, text, tmp_path / "parts", *every, "--num-steps", "2") == DONE
+    assert finetune(bundle, text, tmp_path / "parts", *every, "--resume") == DONE
+    whole, parts = (
+        (tmp_path / name / "adapter" / "adapter.safetensors").read_bytes()
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--budget", "0"], "budget must lie in (0, 1]"),
+        (["--budget", "1.5"], "budget must lie in (0, 1]"),
+        (["--num-top", "1"], "leave no middle"),
+        (["--sequence-length", "11"], "sequence_length"),
+        (["--model", "no/such-model"], "no/such-model"),
+    ],
+)
+def test_refused_options_write_nothing(checkpoint, text, tmp_path, capsys, more, message):
+    out = tmp_path / "out"
+    assert compress(checkpoint, text, out, *more) == REFUSED
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_refused_calibration_names_file_and_line(checkpoint, text, tmp_path, capsys):
+    short, broken = tmp_path / "short.txt", tmp_path / "broken.jsonl"
+    short.write_text("the cat")
+    broken.write_text('{"text": "the cat"}\n{"text": \n')
+    for file, message in ((short, "shorter than one sequence"), (broken, "line 2")):
+        assert compress(checkpoint, file, tmp_path / "out") == REFUSED
+        error = capsys.readouterr().err
+        assert message in error and file.name in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_folder_is_replaced_only_when_told(checkpoint, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    assert compress(checkpoint, text, out) == REFUSED
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "keep"
+    assert compress(checkpoint, text, out, "--overwrite") == DONE
+    assert {path.name for path in out.iterdir()} == {"bundle", "owner"}
+
+
+def test_adapter_of_another_model_is_refused(checkpoint, text, tmp_path, capsys):
+    from safetensors.numpy import load_file
+
+    from gradot_jax.models.opt.hf import save_opt
+
+    run, tuned, other = tmp_path / "run", tmp_path / "tuned", tmp_path / "other"
+    assert compress(checkpoint, text, run) == DONE
+    assert finetune(run / "bundle", text, tuned) == DONE
+    config, params = load_opt(checkpoint)
+    shell = params.shell.replace(embed_tokens=params.shell.embed_tokens * 1.01)
+    save_opt(other, config, params.replace(shell=shell))
+    assert load_file(other / "model.safetensors")
+    command = ["plug-in", "--model", str(other), "--adapter", str(tuned / "adapter")]
+    assert main([*command, "--out", str(tmp_path / "out")]) == REFUSED
+    assert "another model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(checkpoint, text, tmp_path):
+    from gradot_jax.errors import InputError
+
+    with pytest.raises(InputError):
+        compress(checkpoint, text, tmp_path / "out", "--budget", "2", "--debug")
+
+
+def test_usage_errors_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["compress", "--nonsense"])
+    assert caught.value.code == USAGE
+    capsys.readouterr()
+
+
+def test_help_imports_neither_jax_nor_numpy():
+    code = (
+        "import sys; sys.argv = ['gradot', '--help']\n"
+        "from gradot_jax.cli.main import program\n"
+        "try: program()\n"
+        "except SystemExit as stop: assert stop.code in (0, None), stop.code\n"
+        "heavy = {'jax', 'numpy', 'transformers', 'orbax', 'flax'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("demo", "compress", "finetune", "plug-in", "evaluate", "export", "inspect"):
+        assert command in result.stdout
