@@ -10,6 +10,9 @@ from gradot_jax.cli.common import OnDevices, check_new, fit_batch
 from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.errors import InputError
 
+_HELD_OUT = 2
+"""Batches on which gradients are compared, kept from the calibration where the text is short."""
+
 _SHORTEST = 128
 """Tokens below which a sequence is not shortened to have more of them."""
 
@@ -19,7 +22,8 @@ class Compress(OnDevices):
     """Compresses the middle of a model into an emulator.
 
     Writes OUT/bundle, to ship, and OUT/owner, to keep: the plan with the kept indices, the scores
-    and the record of the calibration.
+    and the record of the calibration. Prints how well the emulator preserves the adapter's
+    gradient on sequences that were held out.
 
     Example: gradot compress --model facebook/opt-1.3b --calibration
     wikitext:wikitext-2-raw-v1@train --budget 0.6 --out opt-1.3b-offsite
@@ -65,7 +69,7 @@ class Compress(OnDevices):
         import jax
         import jax.numpy as jnp
 
-        from gradot_jax.data.examples import eval_batches, take
+        from gradot_jax.data.examples import eval_batches
         from gradot_jax.data.records import read_records
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
         from gradot_jax.evaluation.record import environment
@@ -74,6 +78,8 @@ class Compress(OnDevices):
         from gradot_jax.models.opt.params import count_params
         from gradot_jax.offsite.bundle import save_bundle
         from gradot_jax.offsite.compress import run_compression
+        from gradot_jax.offsite.digest import base_digest
+        from gradot_jax.offsite.fidelity import gradient_fidelity
         from gradot_jax.offsite.owner import save_owner
         from gradot_jax.offsite.split import AdapterSpec
 
@@ -81,21 +87,26 @@ class Compress(OnDevices):
         folder = checkpoint_folder(self.model, self.revision)
         config, params = load_opt(folder, mesh=mesh, dtype=None)
         stored = self.store_dtype or params.shell.embed_tokens.dtype.name
-        params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
         split = AdapterSpec(self.num_bottom, self.num_top)
-        split.check(config.num_hidden_layers)
+        digest = base_digest(config, params, split)
+        params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
         records = read_records(self.calibration)
         examples = self._examples(tokenizer, config, records)
         batch_size = fit_batch(examples, self.batch_size, mesh)
-        count = min(len(examples.input_ids), self.num_sequences) // batch_size * batch_size
-        batches = list(eval_batches(take(examples, slice(count)), batch_size))
+        batches = list(eval_batches(examples, batch_size))
+        batches = batches[: len(examples.input_ids) // batch_size]
+        used = min(-(-self.num_sequences // batch_size), max(len(batches) - _HELD_OUT, 1))
+        held_out = batches[used : used + _HELD_OUT] or batches[-1:]
         result = run_compression(
-            config, params, split, batches, self.options, mesh=mesh, progress=True
+            config, params, split, batches[:used], self.options, mesh=mesh, progress=True
         )
+        fidelity = gradient_fidelity(config, params, result.emulator, held_out)
         calibration = {
             **result.calibration,
+            "fidelity": fidelity.to_values(),
+            "held_out": used < len(batches),
             "data": records.digest,
             "sequence_length": int(examples.input_ids.shape[1]),
             "options": dataclasses.asdict(self.options),
@@ -110,10 +121,18 @@ class Compress(OnDevices):
                 attention_budget=result.plan.attention_budget,
                 mlp_budget=result.plan.mlp_budget,
                 shapes=result.plan.shapes,
+                base_digest=digest,
                 dtype=jnp.dtype(stored).name,
                 tokenizer_from=folder,
             )
             save_owner(out / "owner", result.plan, result.scores, calibration)
+        agreement = fidelity.adapter
+        print(
+            f"adapter gradient: cosine {agreement.cosine:.4f}, relative error "
+            f"{agreement.relative_error:.4f}; loss {fidelity.loss_full:.3f} for the full model, "
+            f"{fidelity.loss_emulator:.3f} for the emulator"
+            + ("" if used < len(batches) else " (on the calibration text: there is no other)")
+        )
         share = count_params(result.emulator) / count_params(params)
         print(f"{self.out / 'bundle'}: to ship, {share:.1%} of the model's parameters")
         print(f"{self.out / 'owner'}: to keep")

@@ -57,7 +57,7 @@ class Evaluate(OnDevices):
         config, params, tokenizer = self._load(mesh)
         check_vocabulary(tokenizer, config.vocab_size)
         records = read_records(self.data)
-        metrics = self._measure(config, params, tokenizer, records, data_axis(mesh))
+        metrics = self._measure(config, params, tokenizer, records, mesh)
         result = {
             "data": {"kind": type(records).__name__, "digest": records.digest},
             "bos": BOS_RULE,
@@ -88,7 +88,9 @@ class Evaluate(OnDevices):
         params = params if mesh is None else shard_params(params, mesh)
         return bundle.config, params, load_tokenizer(self.bundle)
 
-    def _measure(self, config, params, tokenizer, records, devices: int) -> dict:
+    def _measure(self, config, params, tokenizer, records, mesh) -> dict:
+        import jax
+
         from gradot_jax.cli.data import example_length, examples_of
         from gradot_jax.data.examples import eval_batches
         from gradot_jax.data.records import ChoiceRecords, PromptRecords
@@ -97,6 +99,7 @@ class Evaluate(OnDevices):
         from gradot_jax.evaluation.perplexity import perplexity
 
         length = example_length(config, self.sequence_length)
+        devices = data_axis(mesh)
         batch_size = -(-self.batch_size // devices) * devices
         if isinstance(records, ChoiceRecords):
             scores = multiple_choice(
@@ -104,5 +107,7 @@ class Evaluate(OnDevices):
             )
             return dataclasses.asdict(scores)
         batches = eval_batches(examples_of(tokenizer, config, records, length), batch_size)
+        if mesh is not None:
+            batches = (jax.device_put(batch, mesh.batched) for batch in batches)
         measure = exact_match if isinstance(records, PromptRecords) else perplexity
         return dataclasses.asdict(measure(config, params, batches))

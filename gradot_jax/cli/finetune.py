@@ -30,7 +30,7 @@ class Finetune(OnDevices):
         accumulate: batches whose gradients make one update.
         learning_rate: the peak of the schedule.
         schedule: how it falls after the warm-up.
-        warmup_steps: updates over which it rises.
+        warmup_steps: updates over which it rises; a thirtieth of them by default.
         weight_decay: of matrices.
         clip_norm: largest norm of the gradient.
         sequence_length: tokens an example at most; by default what the model takes, up to 2,048.
@@ -50,7 +50,7 @@ class Finetune(OnDevices):
     accumulate: int = 1
     learning_rate: float = 1e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     sequence_length: int | None = None
@@ -66,7 +66,6 @@ class Finetune(OnDevices):
             raise InputError("--resume goes on with a folder that --overwrite would replace")
         check_new(self.out, overwrite=self.overwrite or self.resume)
         import shutil
-        from functools import partial
 
         from gradot_jax.cli.data import training_examples
         from gradot_jax.data.examples import epoch_batches, eval_batches
@@ -77,10 +76,11 @@ class Finetune(OnDevices):
         from gradot_jax.offsite.optimizer import make_optimizer
 
         mesh = self.device_mesh()
+        updates = max(self.num_steps // max(self.accumulate, 1), 1)
         optimizer = make_optimizer(
             learning_rate=self.learning_rate,
-            num_steps=max(self.num_steps // max(self.accumulate, 1), 1),
-            warmup_steps=self.warmup_steps,
+            num_steps=updates,
+            warmup_steps=updates // 30 if self.warmup_steps is None else self.warmup_steps,
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
@@ -116,6 +116,5 @@ class Finetune(OnDevices):
             metrics_path=self.out / "metrics.jsonl",
             progress=True,
         )
-        save = partial(save_adapter, self.out / "adapter", overwrite=self.resume)
-        save(adapter, bundle)
+        save_adapter(self.out / "adapter", adapter, bundle, overwrite=self.resume)
         print(f"{self.out / 'adapter'}: to return to the model's owner")

@@ -43,7 +43,7 @@ class PlugIn(Debuggable):
         for change in adapter_report(config, params, adapter):
             print(
                 f"layer {change.layer}: moved by {change.relative:.2%} of its norm, "
-                f"largest weight {change.largest:.3g}"
+                f"largest change {change.largest:.3g}"
             )
         tuned = plug_in(params, adapter)
         save_opt(self.out, config, tuned, tokenizer_from=folder, overwrite=self.overwrite)

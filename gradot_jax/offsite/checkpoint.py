@@ -68,8 +68,13 @@ class CheckpointStore:
     def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except Exception:
+            # Orbax repeats at the end what `save` has already raised.
+            if kind is None:
+                raise
 
     def close(self) -> None:
         """Releases Orbax's threads; nothing is pending by then."""

@@ -6,7 +6,7 @@ full model.
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +55,14 @@ class GradientFidelity(NamedTuple):
     def loss_gap(self) -> float:
         """How much worse the emulator predicts than the full model, nats per token."""
         return self.loss_emulator - self.loss_full
+
+    def to_values(self) -> dict[str, Any]:
+        """JSON values by name, the loss gap included."""
+        parts = ("adapter", "bottom", "top")
+        agreements = {name: getattr(self, name) for name in parts}
+        values = {name: a and a._asdict() for name, a in agreements.items()}
+        losses = {"loss_full": self.loss_full, "loss_emulator": self.loss_emulator}
+        return {**values, **losses, "loss_gap": self.loss_gap}
 
 
 def gradient_fidelity(

@@ -8,7 +8,7 @@ from gradot_jax.linalg.svd import SVD, reconstruct, svd
 
 module = importlib.import_module("gradot_jax.linalg.svd")
 
-SHAPES = [(1, 1), (1, 5), (5, 1), (4, 6), (6, 3)]
+SHAPES = [(1, 1), (5, 1), (4, 6), (6, 3)]
 
 
 def random(shape, count=3, seed=0):
@@ -27,14 +27,14 @@ def test_values_and_product_equal_float64_numpy(shape, assert_close):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_vectors_are_orthonormal_even_for_zero_and_rank_one(shape, assert_close):
-    d_in, d_out = shape
-    rank_one = random((d_in, 1), 1) * random((1, d_out), 1, seed=1)
-    result = svd(jnp.asarray(np.concatenate([np.zeros((1, d_in, d_out), np.float32), rank_one])))
-    identity = np.stack([np.eye(min(shape))] * 2)
-    for vectors in (result.left, result.right):
-        v = np.asarray(vectors, np.float64)
-        assert_close(np.swapaxes(v, 1, 2) @ v, identity, "float32")
-    assert not np.asarray(result.values[0]).any()
+    w = random(shape)
+    w[0] = 0
+    w[1] = np.outer(w[1, :, 0], w[1, 0])
+    left, values, right = map(np.asarray, svd(jnp.asarray(w)))
+    identity = np.stack([np.eye(min(shape))] * 3)
+    assert_close(np.swapaxes(left, 1, 2) @ left, identity, "float32")
+    assert_close(np.swapaxes(right, 1, 2) @ right, identity, "float32")
+    assert not values[0].any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

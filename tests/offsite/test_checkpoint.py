@@ -116,7 +116,7 @@ def test_refuses_when_every_step_is_damaged_and_deletes_none(folder):
     for step in ("2", "3"):
         (folder / step / MANIFEST).unlink()
     with CheckpointStore(folder, IDENTITY) as store:
-        with pytest.raises(InputError, match="no checkpoint is intact.*step 3.*step 2"):
+        with pytest.raises(InputError, match=r"no checkpoint is intact.*step 3.*step 2"):
             store.restore(tree())
         assert store.steps == [2, 3]
 
@@ -150,8 +150,8 @@ def test_a_full_disk_is_an_error_and_leaves_the_step_before(folder, caplog):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
         with (
+            pytest.raises(OSError, match=r"step 4 could not be saved: .*File too large"),
             CheckpointStore(folder, IDENTITY) as store,
-            pytest.raises(OSError, match="step 4 could not be saved: .*File too large"),
         ):
             store.save(4, big)
     finally:

@@ -145,7 +145,7 @@ def test_loss_decreases_and_everything_but_the_adapter_is_unchanged(emulator, tm
     before = jax.tree.map(np.array, emulator)
     adapter = tune(emulator, num_steps=30, metrics_path=tmp_path / "metrics.jsonl")
     assert_equal(emulator, before)
-    assert loss(emulator, adapter) < 0.7 * loss(emulator, emulator.adapter)
+    assert loss(emulator, adapter) < 0.9 * loss(emulator, emulator.adapter)
     steps = records(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(1, 31))
     assert steps[-1]["loss"] < steps[0]["loss"]

@@ -1,0 +1,1 @@
+"""Times, memory and fractions of the machine's floor for each phase of offsite-tuning."""

@@ -1,0 +1,77 @@
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.harness import MIN_RUNS, Phase, measure, peak_rss_bytes, run_times
+
+COST = {"batches": 1, "tokens": 4, "flops": 16, "bytes": 32}
+
+
+def test_a_jitted_phase_is_lowered_compiled_and_run_apart():
+    made = []
+
+    def prepare():
+        made.append(jnp.ones((8, 8)))
+        return (made[-1],)
+
+    # Donation would fail on the second run if its argument were not made anew.
+    phase = Phase(run=jax.jit(lambda x: x @ x, donate_argnums=0), prepare=prepare, **COST)
+    record = measure(phase)
+    assert record["lower_seconds"] > 0 and record["compile_seconds"] > 0
+    assert 0 < record["min_seconds"] <= record["median_seconds"]
+    assert record["runs"] >= MIN_RUNS and len(made) == record["runs"] + 2
+    assert record["program"]["flops"] >= 2 * 8**3
+    assert record["program"]["output_bytes"] >= 4 * 8 * 8
+    assert record["peak_rss_bytes"] >= record["rss_before_bytes"] > 2**20
+    assert {name: record[name] for name in COST} == COST
+
+
+def test_compiling_a_function_of_several_programs_is_its_first_run_less_the_median():
+    calls = []
+
+    def run():
+        calls.append(time.sleep(0.2 if not calls else 0.002))
+        return jnp.zeros(1)
+
+    record = measure(Phase(run=run, prepare=tuple, **COST))
+    assert record["lower_seconds"] is None and record["program"] is None
+    assert record["compile_seconds"] >= 0.1 > record["median_seconds"]
+    assert len(calls) == record["runs"] + 2
+
+
+def test_the_program_of_such_a_function_is_analysed_where_it_is_given():
+    double = jax.jit(lambda x: x @ x)
+    one = jnp.ones((8, 8))
+    phase = Phase(
+        run=lambda: [double(one), double(one)],
+        prepare=tuple,
+        program=lambda: double.lower(one),
+        **COST,
+    )
+    assert measure(phase)["program"]["argument_bytes"] == 4 * 8 * 8
+
+
+def test_the_first_run_does_not_count():
+    calls = []
+
+    def run():
+        calls.append(time.sleep(0 if calls else 0.2))
+
+    assert max(run_times(run, tuple)) < 0.15
+
+
+def test_a_run_ends_when_its_results_are_there():
+    class Late:
+        def block_until_ready(self):
+            time.sleep(0.05)
+            return self
+
+    assert min(run_times(Late, tuple)) >= 0.05
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_rss_bytes()
+    block = b"x" * (before + 2**26)
+    assert peak_rss_bytes() - before == pytest.approx(len(block), rel=0.9)

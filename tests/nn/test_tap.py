@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradot_jax.nn.tap import tap_input, tap_output, zero_input_tap, zero_output_tap
+
+D_IN, D_OUT = 4, 3
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 5, D_IN)).astype(np.float32)
+G = RNG.normal(size=(2, 5, D_OUT)).astype(np.float32)
+W = RNG.normal(size=(D_IN, D_OUT)).astype(np.float32)
+MASK = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+
+
+def tapped(w, x, taps, mask=None):
+    return tap_output(jnp.dot(tap_input(x, taps[0], mask), w), taps[1])
+
+
+def zero_taps():
+    return zero_input_tap(D_IN), zero_output_tap(D_OUT)
+
+
+def pull(function, g, *args):
+    value, vjp = jax.vjp(function, *args)
+    return value, vjp(g)
+
+
+def moments(x, g, weights):
+    """Sums over tokens written out, one token at a time, in float64."""
+    x, g = x.astype(np.float64).reshape(-1, D_IN), g.astype(np.float64).reshape(-1, D_OUT)
+    second = sum(k * np.outer(row, row) for row, k in zip(x, weights.ravel(), strict=True))
+    first = sum(k * row for row, k in zip(x, weights.ravel(), strict=True))
+    return (second, first), sum(np.outer(row, row) for row in g)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "float32", None])
+def test_cotangents_of_taps_are_moments_of_the_tokens_that_count(dtype, assert_close):
+    mask = None if dtype is None else jnp.asarray(MASK, dtype)
+    weights = np.ones((2, 5)) if dtype is None else MASK
+    _, (_, _, taps) = pull(lambda w, x, t: tapped(w, x, t, mask), G, W, X, zero_taps())
+    inputs, outputs = moments(X, G, weights)
+    assert_close((tuple(taps[0]), taps[1]), (inputs, outputs), "float32")
+
+
+def test_taps_change_neither_value_nor_gradients():
+    value, (dw, dx, _) = pull(tapped, G, W, X, zero_taps())
+    plain, (dw_plain, dx_plain) = pull(jnp.dot, G, X, W)[0], pull(jnp.dot, G, X, W)[1][::-1]
+    np.testing.assert_array_equal(value, plain)
+    np.testing.assert_array_equal(dw, dw_plain)
+    np.testing.assert_array_equal(dx, dx_plain)
+
+
+def test_one_input_tap_serves_several_maps(assert_close):
+    def shared(tap):
+        x = tap_input(X, tap, None)
+        return jnp.dot(x, W), jnp.dot(x, 2 * W), jnp.dot(x, W - 1)
+
+    _, (tap,) = pull(shared, (G, G, G), zero_input_tap(D_IN))
+    assert_close(tuple(tap), moments(X, G, np.ones((2, 5)))[0], "float32")
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_sums_over_steps_and_stacks_over_layers(remat, assert_close):
+    square = RNG.normal(size=(3, D_IN, D_IN)).astype(np.float32)
+    taps = (zero_input_tap(D_IN), zero_output_tap(D_IN))
+    g = RNG.normal(size=X.shape).astype(np.float32)
+
+    def run(taps):
+        step = lambda x, w: (jnp.tanh(tapped(w, x, taps)), None)  # noqa: E731
+        return jax.lax.scan(jax.checkpoint(step) if remat else step, X, square)[0]
+
+    def unrolled(*taps):
+        x = X
+        for w, tap in zip(square, taps, strict=True):
+            x = jnp.tanh(tapped(w, x, tap))
+        return x
+
+    _, (summed,) = pull(run, g, taps)
+    _, per_layer = pull(unrolled, g, taps, taps, taps)
+    assert_close(summed, jax.tree.map(lambda *parts: sum(parts), *per_layer), "float32_model")
+
+    def stacked(taps):
+        step = lambda x, layer: (jnp.tanh(tapped(layer[0], x, layer[1])), None)  # noqa: E731
+        return jax.lax.scan(jax.checkpoint(step) if remat else step, X, (square, taps))[0]
+
+    per_step = jax.tree.map(lambda tap: jnp.stack([tap] * 3), taps)
+    _, (stacks,) = pull(stacked, g, per_step)
+    expected = jax.tree.map(lambda *parts: np.stack(parts), *per_layer)
+    assert_close(stacks, expected, "float32_model")
+
+
+def test_vmap_keeps_examples_apart(assert_close):
+    each = jax.vmap(lambda x, g: pull(lambda t: tapped(W, x, t), g, zero_taps())[1][0])
+    taps = each(X, G)
+    for i in range(2):
+        inputs, outputs = moments(X[i], G[i], np.ones(5))
+        got = jax.tree.map(lambda leaf: leaf[i], taps)
+        assert_close((tuple(got[0]), got[1]), (inputs, outputs), "float32")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_summed_in_float32(dtype, assert_close):
+    # Ones: a sum in the same dtype would stop growing at 256 or 2,048.
+    rows = jnp.ones((5_000, D_IN), dtype)
+    g = jnp.ones((5_000, D_OUT), dtype)
+    _, (tap,) = pull(lambda t: tapped(jnp.ones((D_IN, D_OUT), dtype), rows, t), g, zero_taps())
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tap))
+    expected = jax.tree.map(lambda leaf: np.full(leaf.shape, 5_000.0), tap)
+    assert_close(tap, expected, "float32")

@@ -1,0 +1,19 @@
+import doctest
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_in_the_readme_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = doctest.DocTestParser().get_doctest(README, {}, "README.md", "README.md", 0)
+    assert len(blocks.examples) > 10
+    results = doctest.DocTestRunner().run(blocks)
+    assert results.failed == 0
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+
+
+def test_tables_in_the_readme_are_the_committed_results():
+    table = (ROOT / "benchmarks" / "results" / "demo" / "table.md").read_text()
+    assert table.strip() in README
