@@ -70,7 +70,7 @@ def run_workload(
         suite: platform.
         name: of the workload.
         phases: names of phases.
-        path: the file, replaced after each phase.
+        path: the file, replaced after each phase; not made when not even the rates were measured.
         deadline: on the monotonic clock; a phase that runs into it is stopped.
 
     Returns:
@@ -93,7 +93,8 @@ def run_workload(
             result["phases"] = derive(result["phases"], result["rates"])
         write_result(path, result)
         print(f"{name}: {phase} measured in {time.monotonic() - started:.0f} s", flush=True)
-    write_result(path, result)
+    if RATES in result:
+        write_result(path, result)
     return result
 
 

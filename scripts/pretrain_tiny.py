@@ -254,6 +254,41 @@ def make_record(options: Pretraining, tokens: dict[str, int], history, seconds: 
     }
 
 
+def model_card(record: dict) -> str:
+    """The README beside the weights."""
+    options, last = record["options"], record["history"][-1]
+    streams = ", ".join(f"{name} {count:,}" for name, count in record["stream_tokens"].items())
+    columns = list(last)
+    rows = [
+        [f"{row[c]:.3f}" if c != "step" else str(row[c]) for c in columns]
+        for row in record["history"]
+    ]
+    lines = [columns, ["---"] * len(columns), *rows]
+    history = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"""# A small OPT whose middle knows something
+
+Pre-LN OPT, 16 blocks of width 128 (ffn 512, 4 heads), 2,048 byte-level BPE types, context 128,
+half precision. Trained by `scripts/pretrain_tiny.py` on the sources of the standard library
+(`code`), facts about it (`api`) and made-up people (`syn`); the facts are in `facts.json`.
+
+- Seed {options["seed"]}, {last["step"]:,} steps of {options["batch_size"]} x {options["length"]}
+  tokens, {record["trained_tokens"]:,} tokens in all; streams (tokens): {streams}.
+- Each row's source is drawn with probability .35 (code), .30 (syn), .35 (api).
+- AdamW, betas (.9, .98), weight decay .05 on matrices and embeddings, clip 1; rate
+  {options["learning_rate"]:g} after {options["warmup"]} steps, constant to half of the run, then
+  linear to 0.
+- Python {record["python"]}, JAX {record["jax"]}, {record["device"]}, {record["seconds"]:,} s.
+
+Losses are nats per token; `code_validation` is held-out code. Cloze: how often the first token of
+an answer follows greedily from a training sentence.
+
+{history}
+
+The prose that the `top` task tunes on was not in the training text; the tokenizer saw part of its
+training documents and none of its test documents.
+"""
+
+
 def write_model(out: Path, config, params: Params, tokenizer, facts: Facts, record: dict) -> None:
     """The checkpoint in half precision with tokenizer, facts and record, whole or not at all."""
     settings = {
@@ -270,6 +305,7 @@ def write_model(out: Path, config, params: Params, tokenizer, facts: Facts, reco
         write_json(folder / "tokenizer_config.json", settings)
         write_json(folder / "training.json", record)
         (folder / "facts.json").write_text(facts.to_json())
+        (folder / "README.md").write_text(model_card(record))
 
 
 if __name__ == "__main__":

@@ -112,8 +112,6 @@ def run_compression(
     if options.compensate_attention == "bias" and not config.enable_bias:
         raise InputError("compensate_attention = 'bias' needs a model with biases")
     adapter, middle = split_blocks(params, split)
-    if options.compensate_attention == "bias" and not config.enable_bias:
-        raise InputError("compensate_attention = bias shifts biases, and this model has none")
     scores: dict[str, np.ndarray] = {}
     calibration: dict[str, Any] = {}
     if options.method in _TERMS:

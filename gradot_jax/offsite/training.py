@@ -77,7 +77,9 @@ def init_training(
     adapter = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), emulator.adapter)
     state = TrainState(adapter, optimizer.init(adapter))
     if mesh is None:
-        return jax.device_put(frozen), state
+        # Committed to the default device as what a checkpoint restores is, or the first step of
+        # a resumed run would be compiled anew.
+        return jax.device_put((frozen, state), jnp.zeros(()).sharding)
     return shard_params(frozen, mesh), shard_params(state, mesh)
 
 

@@ -7,9 +7,10 @@ import pytest
 from benchmarks import floor, phases
 from benchmarks.floor import Cost
 from benchmarks.workloads import WORKLOADS
-from gradot_jax.compression.layer import attention_and_mlp, gradot_terms
+from gradot_jax.compression.layer import gradot_terms
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.models.opt.params import get_block
+from gradot_jax.offsite.calibrate import attention_and_mlp
 
 SMOKE = WORKLOADS["smoke"]
 """1 + 2 + 1 blocks, D 16, F 32, V 24, T 8, B 2, S 2; so N = 16 and W = 4 * 256 + 2 * 512 = 2048."""
@@ -19,9 +20,11 @@ WIDE = dataclasses.replace(
     config=dataclasses.replace(
         SMOKE.config, num_hidden_layers=3, hidden_size=64, ffn_dim=256, word_embed_proj_dim=64
     ),
+    batch_size=16,
     num_batches=1,
 )
-"""1 + 1 + 1 blocks and one batch: XLA counts a loop's body once, and here every loop turns once."""
+"""1 + 1 + 1 blocks and one batch: XLA counts a loop's body once, and here every loop turns once.
+Products of this width over this many tokens outweigh the elementwise arithmetic."""
 
 
 def test_costs_equal_those_counted_by_hand():
@@ -57,13 +60,12 @@ def _one_block():
         ("calibration_forward", WIDE),
         ("factor_sweep", WIDE),
         ("step_full", WIDE),
-        ("step_emulator", WIDE),
     ],
 )
 def test_floating_point_operations_are_those_that_xla_counts(name, workload):
     phase = phases.PHASES[name](workload)
     program = phase.program() if phase.program else phase.run.lower(*phase.prepare())
-    # XLA counts elementwise arithmetic too, which is small beside products of this width.
+    # XLA counts elementwise arithmetic too, and leaves out what the lowest block need not return.
     assert program.compile().cost_analysis()["flops"] == pytest.approx(phase.flops, rel=0.15)
 
 

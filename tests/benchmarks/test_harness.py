@@ -2,7 +2,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from benchmarks.harness import MIN_RUNS, Phase, measure, peak_rss_bytes, run_times
 
@@ -74,4 +73,4 @@ def test_a_run_ends_when_its_results_are_there():
 def test_peak_memory_grows_with_what_is_held():
     before = peak_rss_bytes()
     block = b"x" * (before + 2**26)
-    assert peak_rss_bytes() - before == pytest.approx(len(block), rel=0.9)
+    assert peak_rss_bytes() >= len(block) > before

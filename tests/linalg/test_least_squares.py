@@ -64,10 +64,14 @@ def test_rows_are_untouched_when_nothing_is_removed():
 
 def test_dead_inputs_leave_rows_untouched():
     w = np.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(refit_rows(np.zeros((4, 4)), w, np.array([1, 3]), 1e-4), w[[1, 3]])
+    np.testing.assert_array_equal(
+        refit_rows(np.zeros((4, 4)), w, np.array([1, 3]), 1e-4), w[[1, 3]]
+    )
 
 
-@pytest.mark.parametrize(("features", "d_out", "rank"), [(6, 4, 2), (1, 1, 1), (5, 3, 3), (4, 6, 1)])
+@pytest.mark.parametrize(
+    ("features", "d_out", "rank"), [(6, 4, 2), (1, 1, 1), (5, 3, 3), (4, 6, 1)]
+)
 @pytest.mark.parametrize("dead", [(), (0,)])
 def test_right_factor_equals_direct_least_squares_and_is_optimal(
     features, d_out, rank, dead, assert_close
