@@ -51,16 +51,16 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def run_times(run: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]]) -> list[float]:
-    """Seconds of each run after a first that does not count.
+    """Seconds of a first run, which warms up, and of at least `MIN_RUNS` more; more if short."""
+    first, *seconds = (_run_time(run, prepare) for _ in range(1 + MIN_RUNS))
+    while sum(seconds) < _ENOUGH_SECONDS and len(seconds) < _MAX_RUNS:
+        seconds.append(_run_time(run, prepare))
+    return [first, *seconds]
 
-    At least `MIN_RUNS`; more where they are short.
-    """
-    timed(run, *jax.block_until_ready(prepare()))
-    seconds: list[float] = []
-    while len(seconds) < MIN_RUNS or (sum(seconds) < _ENOUGH_SECONDS and len(seconds) < _MAX_RUNS):
-        arguments = jax.block_until_ready(prepare())
-        seconds.append(timed(run, *arguments)[0])
-    return seconds
+
+def _run_time(run: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]]) -> float:
+    arguments = jax.block_until_ready(prepare())
+    return timed(run, *arguments)[0]
 
 
 def measure(phase: Phase) -> dict[str, Any]:
@@ -89,14 +89,13 @@ def _measure_program(phase: Phase) -> tuple[dict[str, Any], jax.stages.Compiled]
     arguments = phase.prepare()
     lowering, lowered = timed(phase.run.lower, *arguments)
     compiling, compiled = timed(lowered.compile)
-    times = run_times(compiled, phase.prepare)
+    _, *times = run_times(compiled, phase.prepare)
     return {"lower_seconds": lowering, "compile_seconds": compiling, **_summary(times)}, compiled
 
 
 def _measure_function(phase: Phase) -> dict[str, Any]:
-    arguments = jax.block_until_ready(phase.prepare())
-    first, _ = timed(phase.run, *arguments)
-    summary = _summary(run_times(phase.run, phase.prepare))
+    first, *times = run_times(phase.run, phase.prepare)
+    summary = _summary(times)
     compiling = max(first - summary["median_seconds"], 0.0)
     return {"lower_seconds": None, "compile_seconds": compiling, **summary}
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from gradot_jax.cli.common import Debuggable, check_new
-from gradot_jax.compression.options import Method
+
+Variant = Literal["gradot", "gradot-uniform", "magnitude", "layer-drop"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Demo(Debuggable):
     Attributes:
         out: folder to make.
         budget: share of the middle's parameters that each emulator keeps.
-        methods: what to compare.
+        methods: what to compare: `gradot` ranks the candidates of all layers together,
+            `gradot-uniform` those of each layer by themselves.
         tasks: what to fine-tune on: `top` is reference prose, `api` facts about the standard
             library, `syn` facts about made-up people.
         seeds: of the order of fine-tuning examples; one run each.
@@ -31,7 +33,7 @@ class Demo(Debuggable):
 
     out: Path = Path("demo_out")
     budget: float = 0.3
-    methods: tuple[Method, ...] = ("gradot", "magnitude", "layer-drop")
+    methods: tuple[Variant, ...] = ("gradot", "gradot-uniform", "magnitude", "layer-drop")
     tasks: tuple[Literal["top", "api", "syn"], ...] = ("top", "api")
     seeds: tuple[int, ...] = (0,)
     draws: tuple[int, ...] = (0,)

@@ -37,6 +37,15 @@ from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
 logger = logging.getLogger("gradot_jax")
 
 SPLIT = AdapterSpec(2, 2)
+VARIANTS: dict[str, dict[str, str]] = {
+    "gradot": {"method": "gradot", "allocation": "global"},
+    "gradot-uniform": {"method": "gradot"},
+    "magnitude": {"method": "magnitude"},
+    "layer-drop": {"method": "layer-drop"},
+    "empty": {"method": "empty"},
+}
+"""What the demo compares. Global allocation helps GradOT and harms magnitude selection, so each
+has the one that suits it."""
 FLOOR = "empty"
 """The method without a middle, which shows whether the middle matters (V2)."""
 HEADLINES = {"top": "perplexity", "api": "exact_match", "syn": "syn_exact_match"}
@@ -90,11 +99,11 @@ class Testbed:
         adapter, middle = split_blocks(self.params, SPLIT)
         return Emulator(self.params.shell, adapter, (middle,))
 
-    def compress(self, method: str, budget: float, draw: int) -> Compression:
-        """An emulator by one method, calibrated on one draw of text."""
+    def compress(self, variant: str, budget: float, draw: int) -> Compression:
+        """An emulator by one of `VARIANTS`, calibrated on one draw of text."""
         examples = calibration_examples(self.tokenizer, bundled_facts(), seed=draw)
         batches = list(eval_batches(examples, _CALIBRATION_BATCH))
-        options = CompressionOptions(method=method, budget=budget)
+        options = CompressionOptions(budget=budget, **VARIANTS[variant])
         return run_compression(self.config, self.params, SPLIT, batches, options)
 
     def fidelity_batches(self) -> list:
@@ -135,7 +144,7 @@ def run_demo(
     out: Path,
     *,
     budget: float = 0.3,
-    methods: Sequence[str] = ("gradot", "magnitude", "layer-drop"),
+    methods: Sequence[str] = ("gradot", "gradot-uniform", "magnitude", "layer-drop"),
     tasks: Sequence[str] = ("top", "api"),
     seeds: Sequence[int] = (0,),
     draws: Sequence[int] = (0,),
@@ -146,7 +155,7 @@ def run_demo(
     Args:
         out: folder to make.
         budget: share of the middle's parameters to keep.
-        methods: to compare.
+        methods: of `VARIANTS`, to compare.
         tasks: of `top`, `api` and `syn`; `top` is always measured.
         seeds: of fine-tuning.
         draws: of calibration text.
@@ -181,7 +190,7 @@ def _compare(budget, methods, tasks, seeds, draws) -> dict[str, Any]:
     logger.info("full model tuned, %.0f s", time.monotonic() - began)
     rows = []
     for method in dict.fromkeys((*methods, FLOOR)):
-        calibrated = method == "gradot"
+        calibrated = VARIANTS[method]["method"] == "gradot"
         for draw in draws if calibrated else draws[:1]:
             compression = bed.compress(method, budget, draw)
             shared = _compression_row(bed, method, budget, compression)

@@ -96,7 +96,7 @@ class FineTuning:
 
 
 FINE_TUNING = {
-    "top": FineTuning(steps=60, batch_size=16, learning_rate=1e-3),
+    "top": FineTuning(steps=60, batch_size=16, learning_rate=5e-4),
     "api": FineTuning(steps=100, batch_size=32, learning_rate=3e-3),
     "syn": FineTuning(steps=100, batch_size=32, learning_rate=3e-3),
 }
@@ -182,7 +182,7 @@ def calibration_examples(
     tokenizer,
     facts: Facts,
     *,
-    num_sequences: int = 128,
+    num_sequences: int = 512,
     length: int = LENGTH,
     seed: int = 0,
     sources: Mapping[str, str] | None = None,

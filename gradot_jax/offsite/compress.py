@@ -217,8 +217,8 @@ def _check_finite(layer: int, terms: LayerTerms) -> None:
     # A NaN would sort somewhere and pass for a choice.
     if not all(np.isfinite(term).all() for term in jax.tree.leaves(terms)):
         raise InputError(
-            f"layer {layer}: the scores are not finite; a gradient of the calibration loss "
-            "overflows, keep the original in bfloat16 or float32"
+            f"layer {layer}: the scores are not finite; squares of its weights, of its activations "
+            "on the calibration text or of their gradients overflow"
         )
 
 

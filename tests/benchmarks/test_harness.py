@@ -37,7 +37,7 @@ def test_compiling_a_function_of_several_programs_is_its_first_run_less_the_medi
     record = measure(Phase(run=run, prepare=tuple, **COST))
     assert record["lower_seconds"] is None and record["program"] is None
     assert record["compile_seconds"] >= 0.1 > record["median_seconds"]
-    assert len(calls) == record["runs"] + 2
+    assert len(calls) == record["runs"] + 1
 
 
 def test_the_program_of_such_a_function_is_analysed_where_it_is_given():
@@ -52,13 +52,14 @@ def test_the_program_of_such_a_function_is_analysed_where_it_is_given():
     assert measure(phase)["program"]["argument_bytes"] == 4 * 8 * 8
 
 
-def test_the_first_run_does_not_count():
+def test_the_first_run_is_told_apart_from_those_that_count():
     calls = []
 
     def run():
         calls.append(time.sleep(0 if calls else 0.2))
 
-    assert max(run_times(run, tuple)) < 0.15
+    first, *others = run_times(run, tuple)
+    assert first >= 0.2 > min(others) and len(others) >= MIN_RUNS
 
 
 def test_a_run_ends_when_its_results_are_there():

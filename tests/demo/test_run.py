@@ -64,6 +64,7 @@ def test_validity_checks_hold_and_fail_where_they_should():
     good = bench_validity([row("gradot", 30.0, 33.0), row("magnitude", 32.0, 34.0), empty])
     assert good["V1"]["holds"] and good["V2"]["holds"] and good["V3"]["holds"]
     assert not good["V3"]["noise_tested"]
+    assert good["V3"]["plug_in_perplexity_above_gradot"]["magnitude"][0] == pytest.approx(2.0)
     weak = [row("gradot", 38.0, 37.0, full=36.0), row("empty", 38.0, 40.0, full=36.0)]
     checks = bench_validity(weak)
     assert not any(checks[name]["holds"] for name in ("V1", "V2", "V3"))
@@ -71,6 +72,6 @@ def test_validity_checks_hold_and_fail_where_they_should():
 
 def test_methods_closer_than_seed_noise_fail_v3():
     noisy = [row("gradot", 30.0 + s, 35.0, seed=s) for s in range(3)]
-    noisy += [row("magnitude", 30.2 + s, 35.0, seed=s) for s in range(3)]
+    noisy += [row("magnitude", 32.1 - s, 35.0, seed=s) for s in range(3)]
     checks = bench_validity([*noisy, row("empty", 45.0, 60.0)])
     assert checks["V3"]["noise_tested"] and not checks["V3"]["holds"]

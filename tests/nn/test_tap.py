@@ -95,8 +95,8 @@ def test_vmap_keeps_examples_apart(assert_close):
     taps = each(X, G)
     for i in range(2):
         inputs, outputs = moments(X[i], G[i], np.ones(5))
-        got = jax.tree.map(lambda leaf: leaf[i], taps)
-        assert_close((tuple(got[0]), got[1]), (inputs, outputs), "float32")
+        (second, first), gram = taps
+        assert_close(((second[i], first[i]), gram[i]), (inputs, outputs), "float32")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
