@@ -63,14 +63,9 @@ def bench_validity(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _paired_gap(rows: Sequence[dict[str, Any]], method: str) -> tuple[float, float]:
     """How much worse a method's plug-in is than GradOT's at the same seed: mean, standard error."""
-    other = {row["seed"]: row for row in rows if row["method"] == method}
-    return _mean(
-        [
-            other[row["seed"]]["plug_in"]["perplexity"] - row["plug_in"]["perplexity"]
-            for row in rows
-            if row["method"] == "gradot"
-        ]
-    )
+    other = {row["seed"]: row["plug_in"]["perplexity"] for row in rows if row["method"] == method}
+    ours = [(r["seed"], r["plug_in"]["perplexity"]) for r in rows if r["method"] == "gradot"]
+    return _mean([other[seed] - perplexity for seed, perplexity in ours]) if ours else (0.0, 0.0)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

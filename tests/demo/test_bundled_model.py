@@ -64,8 +64,7 @@ def test_lower_gradient_error_than_magnitude_at_equal_size_and_higher_weight_err
         for name in ("gradot", "magnitude")
     )
     assert count_params(emulators["gradot"]) == count_params(emulators["magnitude"])
-    assert gradot.relative_error < 0.95 * magnitude.relative_error
-    assert gradot.cosine > magnitude.cosine
+    assert gradot.relative_error < 0.9 * magnitude.relative_error
     assert attention_error(params, emulators["gradot"]) > attention_error(
         params, emulators["magnitude"]
     )

@@ -23,9 +23,9 @@ def quick(settings):
 def test_demo_reports_every_quantity_of_every_method(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "FINE_TUNING", {name: quick(s) for name, s in run.FINE_TUNING.items()})
     out = tmp_path / "demo"
-    run.run_demo(out, methods=("gradot",), tasks=("api",), seeds=(0,))
+    run.run_demo(out, methods=("magnitude",), tasks=("api",), seeds=(0,))
     result = json.loads((out / "result.json").read_text())
-    assert [row["method"] for row in result["rows"]] == ["gradot", "empty"]
+    assert [row["method"] for row in result["rows"]] == ["magnitude", "empty"]
     for row in result["rows"]:
         for quantity in QUANTITIES:
             assert {"perplexity", "exact_match"} <= set(row[quantity])
@@ -35,13 +35,13 @@ def test_demo_reports_every_quantity_of_every_method(tmp_path, monkeypatch):
         assert delta["exact_match"] == pytest.approx(
             plugged["exact_match"] - emulator["exact_match"]
         )
-    gradot, empty = result["rows"]
-    assert gradot["gradient_relative_error"] < empty["gradient_relative_error"]
-    assert empty["share_shipped"] < gradot["share_shipped"] < 1
+    magnitude, empty = result["rows"]
+    assert magnitude["gradient_relative_error"] < empty["gradient_relative_error"]
+    assert empty["share_shipped"] < magnitude["share_shipped"] < 1
     assert {"V1", "V2", "V3"} == set(result["bench"])
     assert result["seconds"] > 0 and result["environment"]["jax"]
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "gradot" in (out / "table.md").read_text()
+    assert "magnitude" in (out / "table.md").read_text()
 
 
 def row(method, plug_in, emulator, zero=40.0, full=28.0, seed=0):

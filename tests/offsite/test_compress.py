@@ -227,8 +227,8 @@ def test_gradot_preserves_the_gradient_where_magnitude_preserves_the_weights(toy
 
     errors = {}
     for method in ("gradot", "magnitude"):
-        result = run((config, params), [toy_batch(0, 32)], method=method, budget=0.5)
-        fidelity = gradient_fidelity(config, params, result.emulator, [toy_batch(1, 32)])
+        result = run((config, params), [toy_batch(0)], method=method, budget=0.5)
+        fidelity = gradient_fidelity(config, params, result.emulator, [toy_batch(1)])
         errors[method] = fidelity.adapter.relative_error, weight_error(result.emulator)
     (gradient, weight), (gradient_magnitude, weight_magnitude) = errors.values()
     assert gradient < gradient_magnitude
