@@ -75,10 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=_RESULTS, help="folder, read recursively")
     folder = parser.parse_args().results
-    paths = sorted(folder.rglob("*.json"))
-    if not paths:
+    results = [read_json(path) for path in sorted(folder.rglob("*.json"))]
+    timed = [result for result in results if "phases" in result]
+    if not timed:
         raise InputError(f"{folder}: no results; make some with python -m benchmarks.run")
-    print("\n\n".join(table(read_json(path)) for path in paths))
+    print("\n\n".join(map(table, timed)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 import doctest
 from pathlib import Path
 
+import pytest
+
+from benchmarks.report import table
+from gradot_jax.files.strict_json import read_json
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -14,6 +19,11 @@ def test_code_in_the_readme_runs_as_written(tmp_path, monkeypatch):
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
 
 
-def test_tables_in_the_readme_are_the_committed_results():
-    table = (ROOT / "benchmarks" / "results" / "demo" / "table.md").read_text()
-    assert table.strip() in README
+def test_demo_table_in_the_readme_is_the_committed_result():
+    result = (ROOT / "benchmarks" / "results" / "demo" / "table.md").read_text()
+    assert result.strip() in README
+
+
+@pytest.mark.parametrize("workload", ["tiny", "small"])
+def test_speed_tables_in_the_readme_are_the_committed_results(workload):
+    assert table(read_json(ROOT / "benchmarks" / "results" / "cpu" / f"{workload}.json")) in README

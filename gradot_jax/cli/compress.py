@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from gradot_jax.cli.common import OnDevices, check_new, fit_batch
+from gradot_jax.cli.common import Dtype, OnDevices, check_new, fit_batch
 from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.errors import InputError
 
@@ -58,7 +58,7 @@ class Compress(OnDevices):
     num_sequences: int = 128
     batch_size: int = 8
     revision: str | None = None
-    store_dtype: str | None = None
+    store_dtype: Dtype | None = None
     overwrite: bool = False
 
     def run(self) -> None:

@@ -15,7 +15,7 @@ class Demo(Debuggable):
 
     Compares GradOT with magnitude selection and uniform layer drop at the same budget, checks
     that the comparison means something (V1 to V3), prints a table and writes `result.json`,
-    `table.md` and `plot.png`. About four minutes on two CPU cores.
+    `table.md` and `plot.png`. about four minutes on two CPU cores.
 
     Example: gradot demo --out demo_out
 

@@ -64,6 +64,11 @@ class Finetune(OnDevices):
         """Executes the command."""
         if self.resume and self.overwrite:
             raise InputError("--resume goes on with a folder that --overwrite would replace")
+        if self.accumulate < 1 or self.num_steps % self.accumulate:
+            raise InputError(
+                f"num_steps must be a multiple of accumulate, got {self.num_steps} and "
+                f"{self.accumulate}"
+            )
         check_new(self.out, overwrite=self.overwrite or self.resume)
         import shutil
 
@@ -76,7 +81,7 @@ class Finetune(OnDevices):
         from gradot_jax.offsite.optimizer import make_optimizer
 
         mesh = self.device_mesh()
-        updates = max(self.num_steps // max(self.accumulate, 1), 1)
+        updates = self.num_steps // self.accumulate
         optimizer = make_optimizer(
             learning_rate=self.learning_rate,
             num_steps=updates,

@@ -13,6 +13,7 @@ class Interrupted(RuntimeError):
 
     Attributes:
         signum: the signal.
+        exit_code: what a program that it stopped exits with, by the shell's convention.
         step: steps taken and saved.
     """
 
@@ -22,6 +23,7 @@ class Interrupted(RuntimeError):
             "resume to go on"
         )
         self.signum = signum
+        self.exit_code = 128 + signum
         self.step = step
 
 

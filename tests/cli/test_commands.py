@@ -1,15 +1,18 @@
 import json
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from gradot_jax.cli.inspect import Inspect
 from gradot_jax.cli.main import main
 from gradot_jax.models.opt.forward import forward
 from gradot_jax.models.opt.hf import load_opt
 from gradot_jax.offsite.adapter_file import load_adapter_for
 from gradot_jax.offsite.bundle import load_bundle
+from gradot_jax.offsite.interrupt import Interrupted
 
 IDS = np.array([[2, 4, 5, 7, 9, 11], [2, 22, 3, 8, 10, 6]], np.int32)
 DONE, USAGE, REFUSED = 0, 2, 3
@@ -213,3 +216,18 @@ def test_help_imports_neither_jax_nor_numpy():
     assert result.returncode == 0, result.stderr
     for command in ("demo", "compress", "finetune", "plug-in", "evaluate", "export", "inspect"):
         assert command in result.stdout
+
+
+def test_a_run_stopped_by_sigterm_exits_with_143(monkeypatch, capsys):
+    def stopped(self):
+        raise Interrupted(signal.SIGTERM, 3)
+
+    monkeypatch.setattr(Inspect, "run", stopped)
+    assert main(["inspect", "."]) == 143
+    assert "step 3" in capsys.readouterr().err
+
+
+def test_steps_must_fill_their_updates(tmp_path, capsys):
+    more = ["--num-steps", "5", "--accumulate", "2"]
+    assert finetune(tmp_path, tmp_path / "text.txt", tmp_path / "out", *more) == REFUSED
+    assert "multiple of accumulate" in capsys.readouterr().err
