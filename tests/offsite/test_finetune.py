@@ -341,6 +341,15 @@ def test_signal_saves_at_the_step_and_the_run_resumes_exactly(emulator, tmp_path
     assert_equal(resumed, tune(emulator, num_steps=6))
 
 
+@pytest.fixture
+def interruptible():
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_is_not_held_back(emulator, tmp_path):
     def impatient():
         os.kill(os.getpid(), signal.SIGINT)
