@@ -12,14 +12,10 @@ from benchmarks.floor import Cost
 from benchmarks.harness import Phase
 from benchmarks.workloads import Workload
 from gradot_jax.compression.budget import rank_pool
-from gradot_jax.compression.layer import (
-    LayerFactors,
-    component_order,
-    gradot_terms,
-    propose,
-)
+from gradot_jax.compression.layer import LayerFactors, component_order, propose
 from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.compression.rank import keep_order
+from gradot_jax.compression.rule import gradot_rule
 from gradot_jax.compression.score import combine
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.curvature.sweep import Cotangents, sweep_layer
@@ -119,7 +115,7 @@ def decompose_and_score(workload: Workload) -> Phase:
         orders = []
         for layer in range(workload.num_middle):
             weights = attention_and_mlp(get_block(middle, layer))
-            terms = propose(weights, factors, gradot_terms).terms
+            terms = propose(weights, factors, gradot_rule()).terms
             scores = jax.vmap(partial(combine, weight=0.0))(terms.components)
             orders.append(component_order(scores, floor_rank))
             orders.append(keep_order(combine(terms.channels, 0.0), 0))

@@ -1,7 +1,7 @@
 from .compression.channel import prune_channels as prune_channels
 from .compression.layer import component_order as component_order
-from .compression.layer import gradot_terms as gradot_terms
-from .compression.layer import magnitude_terms as magnitude_terms
+from .compression.rule import gradot_terms as gradot_terms
+from .compression.rule import magnitude_terms as magnitude_terms
 from .compression.options import CompressionOptions as CompressionOptions
 from .compression.plan import LayerPlan as LayerPlan
 from .compression.plan import LayerShape as LayerShape

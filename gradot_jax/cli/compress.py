@@ -42,6 +42,8 @@ class Compress(OnDevices):
             gradients keep gaining to 128 and beyond.
         batch_size: sequences a batch.
         revision: branch, tag or commit on the Hub.
+        checkpoints: folder from which a method that trains (offsite-tuning, scaleot) goes on after
+            an interruption.
         store_dtype: dtype of the bundle's arrays; that of the checkpoint by default.
         overwrite: replace an existing folder.
     """
@@ -58,6 +60,7 @@ class Compress(OnDevices):
     num_sequences: int = 128
     batch_size: int = 8
     revision: str | None = None
+    checkpoints: Path | None = None
     store_dtype: Dtype | None = None
     overwrite: bool = False
 
@@ -100,7 +103,14 @@ class Compress(OnDevices):
         used = min(-(-self.num_sequences // batch_size), max(len(batches) - _HELD_OUT, 1))
         held_out = batches[used : used + _HELD_OUT] or batches[-1:]
         result = run_compression(
-            config, params, split, batches[:used], self.options, mesh=mesh, progress=True
+            config,
+            params,
+            split,
+            batches[:used],
+            self.options,
+            mesh=mesh,
+            checkpoints=self.checkpoints,
+            progress=True,
         )
         fidelity = gradient_fidelity(config, params, result.emulator, held_out)
         calibration = {

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from gradot_jax.cli.compare import Compare
 from gradot_jax.cli.compress import Compress
 from gradot_jax.cli.demo import Demo
 from gradot_jax.cli.evaluate import Evaluate
@@ -20,6 +21,7 @@ DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[PlugIn, tyro.conf.subcommand("plug-in")]
@@ -33,7 +35,8 @@ DESCRIPTION = """Offsite-tuning of language models without training the emulator
 The owner of a model compresses its middle and ships a bundle (compress); the owner of data tunes
 the adapter in it and returns that (finetune); the model's owner puts it around the original
 middle (plug-in). Everything in between can be measured (evaluate), looked at (inspect) and turned
-into a plain checkpoint (export). `gradot demo` shows all of it on a small bundled model.
+into a plain checkpoint (export). `gradot demo` shows all of it on a small bundled model, and
+`gradot compare` measures every method, on that model or on any other.
 
 Exit codes: 0 done, 2 usage, 3 refused input, 143 interrupted with its state saved."""
 

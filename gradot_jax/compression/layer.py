@@ -1,7 +1,7 @@
 """Compression of one layer: decompose, score, order, and cut to size.
 
 A layer is its attention kernels, stacked, and its MLP. Methods differ in how they score; all
-share what is here. A new scoring rule is one function like `gradot_terms`.
+share what is here. The rules are in `compression.rule`.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.compression.budget import rank_pool
@@ -17,9 +16,9 @@ from gradot_jax.compression.channel import prune_channels
 from gradot_jax.compression.compensation import refit_channels, refit_low_rank, shift_bias
 from gradot_jax.compression.options import AttentionCompensation, MLPCompensation
 from gradot_jax.compression.rank import factorise, keep_order
-from gradot_jax.compression.score import ScoreTerms, channel_terms, component_terms
+from gradot_jax.compression.score import ScoreTerms
 from gradot_jax.curvature.factors import KroneckerFactors
-from gradot_jax.linalg.svd import SVD, svd
+from gradot_jax.linalg.svd import SVD
 from gradot_jax.nn.linear import Dense, LowRank
 
 
@@ -52,37 +51,16 @@ class LayerTerms(NamedTuple):
     channels: ScoreTerms
 
 
-TermsFunction = Callable[[LayerWeights, SVD, LayerFactors | None], LayerTerms]
+class ScoringRule(NamedTuple):
+    """How a method scores a layer.
 
+    Attributes:
+        decompose: components of attention kernels `[S, D_in, D_out]`, most important first.
+        terms: score terms of the components and of the channels.
+    """
 
-@jax.jit
-def gradot_terms(
-    weights: LayerWeights, decomposition: SVD, factors: LayerFactors | None
-) -> LayerTerms:
-    """GCS of every component and channel (GradOT)."""
-    if factors is None:
-        raise ValueError("the gradient-preserving score needs Kronecker factors")
-    return LayerTerms(
-        components=jax.vmap(component_terms)(decomposition, factors.attention),
-        channels=channel_terms(weights.fc1, weights.fc2, factors.fc1, factors.fc2),
-    )
-
-
-@jax.jit
-def magnitude_terms(
-    weights: LayerWeights, decomposition: SVD, factors: LayerFactors | None
-) -> LayerTerms:
-    """Singular values, and the Euclidean norm of each channel's weights in fc1 and fc2."""
-    del factors
-    fc1, fc2 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (weights.fc1, weights.fc2))
-    squares = jnp.square(fc1.kernel).sum(0) + jnp.square(fc2.kernel).sum(1)
-    if fc1.bias is not None:
-        squares += jnp.square(fc1.bias)
-    values, norms = decomposition.values, jnp.sqrt(squares)
-    return LayerTerms(
-        components=ScoreTerms(values, jnp.zeros_like(values)),
-        channels=ScoreTerms(norms, jnp.zeros_like(norms)),
-    )
+    decompose: Callable[[jax.Array, LayerFactors | None], SVD]
+    terms: Callable[[LayerWeights, SVD, LayerFactors | None], LayerTerms]
 
 
 class Candidate(NamedTuple):
@@ -90,7 +68,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         weights: the original maps.
-        decomposition: SVD of the attention kernels, leading site axis.
+        decomposition: components of the attention kernels, leading site axis.
         terms: score terms.
         factors: kept only where a compensation will read them.
     """
@@ -101,14 +79,15 @@ class Candidate(NamedTuple):
     factors: LayerFactors | None
 
 
-def propose(
-    weights: LayerWeights, factors: LayerFactors | None, terms_function: TermsFunction
-) -> Candidate:
-    """Decomposes and scores one layer."""
-    decomposition = svd(weights.attention.kernel)
-    return Candidate(
-        weights, decomposition, terms_function(weights, decomposition, factors), factors
-    )
+def propose(weights: LayerWeights, factors: LayerFactors | None, rule: ScoringRule) -> Candidate:
+    """Decomposes and scores one layer.
+
+    Raises:
+        ValueError: when the rule needs factors and there are none, or for a kernel or a factor
+            that is not finite.
+    """
+    decomposition = rule.decompose(weights.attention.kernel, factors)
+    return Candidate(weights, decomposition, rule.terms(weights, decomposition, factors), factors)
 
 
 @partial(jax.jit, static_argnames=("floor",))

@@ -23,6 +23,17 @@ class LayerShape:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HarmonizerShape:
+    """Shape of a harmonizer.
+
+    Attributes:
+        rank: its width.
+    """
+
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """What one layer of the original keeps.
 
@@ -45,6 +56,24 @@ class LayerPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HarmonizerPlan:
+    """A layer of the original that a harmonizer stands in for.
+
+    Attributes:
+        layer: index in the original model.
+        rank: width of the harmonizer.
+    """
+
+    layer: int
+    rank: int
+
+    @property
+    def shape(self) -> HarmonizerShape:
+        """The harmonizer's shape."""
+        return HarmonizerShape(rank=self.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The outcome of a compression, from which the emulator can be rebuilt.
 
@@ -54,7 +83,10 @@ class Plan:
         mlp_budget: share of the middle's MLP parameters asked for.
         num_bottom: blocks of the bottom adapter.
         num_top: blocks of the top adapter.
-        layers: the emulator's middle, in depth order; a dropped layer has no entry.
+        inner: further adapter blocks, indices in the original model.
+        layers: what the emulator stores of the middle, in depth order; a dropped layer has no
+            entry.
+        layer_map: see `offsite.emulator.layer_map`.
     """
 
     method: str
@@ -62,18 +94,21 @@ class Plan:
     mlp_budget: float
     num_bottom: int
     num_top: int
-    layers: tuple[LayerPlan, ...]
+    inner: tuple[int, ...]
+    layers: tuple[LayerPlan | HarmonizerPlan, ...]
+    layer_map: tuple[int | None, ...]
 
     @property
-    def shapes(self) -> tuple[LayerShape, ...]:
-        """Shapes of the emulator's middle layers."""
+    def shapes(self) -> tuple[LayerShape | HarmonizerShape, ...]:
+        """Shapes of the emulator's stored middle layers."""
         return tuple(layer.shape for layer in self.layers)
 
     def to_json(self) -> str:
         """JSON that `from_json` turns back into an equal plan."""
         values: dict[str, Any] = dataclasses.asdict(self)
         for layer in values["layers"]:
-            layer["components"] = dict(layer["components"])
+            if "components" in layer:
+                layer["components"] = dict(layer["components"])
         return json.dumps(values)
 
     @classmethod
@@ -85,14 +120,22 @@ class Plan:
         """
         try:
             values = json.loads(text)
-            plan = cls(layers=tuple(map(_read_layer, values.pop("layers"))), **values)
+            layers = tuple(map(_read_layer, values.pop("layers")))
+            inner = _ascending("inner", values.pop("inner"))
+            layer_map = tuple(values.pop("layer_map"))
+            plan = cls(layers=layers, inner=inner, layer_map=layer_map, **values)
             _check_fields(plan)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a compression plan: {error}") from None
         return plan
 
 
-def _read_layer(values: dict[str, Any]) -> LayerPlan:
+def _read_layer(values: dict[str, Any]) -> LayerPlan | HarmonizerPlan:
+    if "rank" in values:
+        plan = HarmonizerPlan(**values)
+        _ascending("harmonizer", [plan.layer])
+        _ascending("rank of a harmonizer", [plan.rank])
+        return plan
     components = tuple(
         (site, None if kept is None else _ascending(f"components of {site}", kept))
         for site, kept in values["components"].items()
@@ -104,7 +147,13 @@ def _read_layer(values: dict[str, Any]) -> LayerPlan:
 
 
 def _check_fields(plan: Plan) -> None:
-    _ascending("layers", [layer.layer for layer in plan.layers])
+    layers = [layer.layer for layer in plan.layers]
+    _ascending("layers", sorted(set(layers)))
+    if layers != sorted(layers):
+        raise ValueError(f"layers: expected depth order, got {layers!r:.80}")
+    places = [place for place in plan.layer_map if place is not None]
+    if not all(type(place) is int and 0 <= place < len(layers) for place in places):
+        raise ValueError(f"layer_map: expected places of layers, got {plan.layer_map!r:.80}")
     for name in ("num_bottom", "num_top"):
         _ascending(name, [getattr(plan, name)])
     for name in ("attention_budget", "mlp_budget"):

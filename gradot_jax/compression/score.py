@@ -51,11 +51,35 @@ def component_terms(decomposition: SVD, factors: KroneckerFactors) -> ScoreTerms
     chex.assert_shape(factors.gradient_covariance, (v.shape[0], v.shape[0]))
     left = jnp.abs(jnp.dot(factors.input_covariance, u, precision=_EXACT)).sum(0)
     right = jnp.abs(jnp.dot(factors.gradient_covariance, v, precision=_EXACT)).sum(0)
-    gradient = jnp.zeros_like(s)
-    if factors.gradient is not None:
-        pulled = jnp.dot(factors.gradient.kernel, v, precision=_EXACT)
-        gradient = s * (u * pulled).sum(0)
-    return ScoreTerms(s * left * right, gradient)
+    return ScoreTerms(s * left * right, _component_gradient(decomposition, factors))
+
+
+def quadratic_terms(decomposition: SVD, factors: KroneckerFactors) -> ScoreTerms:
+    """As `component_terms`, with the KFAC quadratic form in place of the L1 norm.
+
+    <Delta, A Delta G> = s_k^2 (u_k^T A u_k) (v_k^T G v_k)
+    """
+    u, s, v = decomposition
+    chex.assert_shape(factors.input_covariance, (u.shape[0], u.shape[0]))
+    chex.assert_shape(factors.gradient_covariance, (v.shape[0], v.shape[0]))
+    left = (u * jnp.dot(factors.input_covariance, u, precision=_EXACT)).sum(0)
+    right = (v * jnp.dot(factors.gradient_covariance, v, precision=_EXACT)).sum(0)
+    # Rounding can take the form of a null vector below zero.
+    form = jnp.maximum(left, 0) * jnp.maximum(right, 0)
+    return ScoreTerms(jnp.square(s) * form, _component_gradient(decomposition, factors))
+
+
+def whitened_terms(decomposition: SVD, factors: KroneckerFactors) -> ScoreTerms:
+    """As `quadratic_terms`, of a decomposition in the norm of A and G: there it is `s_k^2`."""
+    hessian = jnp.square(decomposition.values)
+    return ScoreTerms(hessian, _component_gradient(decomposition, factors))
+
+
+def _component_gradient(decomposition: SVD, factors: KroneckerFactors) -> jax.Array:
+    u, s, v = decomposition
+    if factors.gradient is None:
+        return jnp.zeros_like(s)
+    return s * (u * jnp.dot(factors.gradient.kernel, v, precision=_EXACT)).sum(0)
 
 
 def channel_terms(
@@ -88,13 +112,37 @@ def channel_terms(
     first *= jnp.abs(fc1_factors.gradient_covariance).sum(0)
     second = jnp.abs(fc2_factors.input_covariance).sum(0)
     second *= jnp.abs(jnp.dot(fc2_factors.gradient_covariance, w2.T, precision=_EXACT)).sum(0)
-    gradient = jnp.zeros_like(first)
-    if fc1_factors.gradient is not None and fc2_factors.gradient is not None:
-        d1, d2 = fc1_factors.gradient, fc2_factors.gradient
-        gradient = (d1.kernel * w1[:width]).sum(0) + (d2.kernel * w2).sum(1)
-        if fc1.bias is not None:
-            gradient += d1.bias * w1[width]
-    return ScoreTerms(first + second, gradient)
+    return ScoreTerms(first + second, channel_gradient(fc1, fc2, fc1_factors, fc2_factors))
+
+
+def channel_gradient(
+    fc1: Dense, fc2: Dense, fc1_factors: KroneckerFactors, fc2_factors: KroneckerFactors
+) -> jax.Array:
+    """The first-order term of `channel_terms`, `[F]`; zero where no gradient was taken."""
+    d1, d2 = fc1_factors.gradient, fc2_factors.gradient
+    if d1 is None or d2 is None:
+        return jnp.zeros((fc1.shape[1],), jnp.float32)
+    gradient = (d1.kernel * fc1.kernel).sum(0) + (d2.kernel * fc2.kernel).sum(1)
+    return gradient if fc1.bias is None else gradient + d1.bias * fc1.bias
+
+
+def channel_norms(fc1: Dense, fc2: Dense) -> jax.Array:
+    """Euclidean norm of each channel's weights in fc1, with its bias, and in fc2; `[F]`."""
+    fc1, fc2 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (fc1, fc2))
+    squares = jnp.square(fc1.kernel).sum(0) + jnp.square(fc2.kernel).sum(1)
+    return jnp.sqrt(squares if fc1.bias is None else squares + jnp.square(fc1.bias))
+
+
+def channel_energy(fc2: Dense, factors: KroneckerFactors) -> jax.Array:
+    """Root mean square of what each channel adds to the output, `sqrt(E[a_j^2]) ||w2_j||`; `[F]`.
+
+    Args:
+        fc2: kernel `[F, D]`.
+        factors: of fc2.
+    """
+    kernel = fc2.kernel.astype(jnp.float32)
+    energy = jnp.diagonal(factors.input_covariance)
+    return jnp.sqrt(energy) * jnp.linalg.norm(kernel, axis=1)
 
 
 def combine(terms: ScoreTerms, weight: float) -> jax.Array:

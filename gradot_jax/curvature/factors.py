@@ -26,16 +26,24 @@ class KroneckerFactors(NamedTuple):
         gradient_covariance: G, `[D_out, D_out]`.
         gradient: dW and db of the summed loss over N, `[D_in, D_out]` and `[D_out]`; None if not
             asked for.
+        removal_fisher: M, `[D_in, D_in]`, with `M_jk = (1/N) sum_n r_nj r_nk` and
+            `r_n = x_n * (W g_n)`: for a set S of inputs that are zeroed, `1_S^T M 1_S` is the
+            Fisher's quadratic form with no Kronecker approximation; None if not asked for.
     """
 
     input_covariance: jax.Array
     input_mean: jax.Array
     gradient_covariance: jax.Array
     gradient: Dense | None
+    removal_fisher: jax.Array | None = None
 
 
 def normalise(
-    inputs: InputMoments, outputs: jax.Array, gradient: Dense | None, num_tokens: jax.Array | float
+    inputs: InputMoments,
+    outputs: jax.Array,
+    gradient: Dense | None,
+    num_tokens: jax.Array | float,
+    removals: jax.Array | None = None,
 ) -> KroneckerFactors:
     """Divides sums over tokens by their number.
 
@@ -44,6 +52,7 @@ def normalise(
         outputs: summed `g g^T`, `[D_out, D_out]`.
         gradient: gradient of the summed loss, or None.
         num_tokens: N.
+        removals: summed `r r^T` of the input's removals, `[D_in, D_in]`, or None.
     """
 
     def mean(leaf):
@@ -53,7 +62,8 @@ def normalise(
         input_covariance=mean(inputs.second),
         input_mean=mean(inputs.first),
         gradient_covariance=mean(outputs),
-        gradient=None if gradient is None else jax.tree.map(mean, gradient),
+        gradient=jax.tree.map(mean, gradient),
+        removal_fisher=jax.tree.map(mean, removals),
     )
 
 

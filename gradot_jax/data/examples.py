@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gradot_jax.data.records import ChoiceRecords, Prompt, PromptRecords
+from gradot_jax.data.records import ChoiceRecords, ItemRecords, Prompt, PromptRecords
 from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 from gradot_jax.nn.batch import Batch
@@ -18,7 +18,11 @@ _MULTIPLE = 8
 
 def token_stream(tokenizer, texts: Iterable[str], bos_id: int) -> np.ndarray:
     """Token ids `[N]` of texts end to end, each begun by `bos_id`; empty texts are left out."""
-    documents = [[bos_id, *encode(tokenizer, text)] for text in texts if text]
+    return _stream(tokenizer, (text for text in texts if text), bos_id)
+
+
+def _stream(tokenizer, texts: Iterable[str], bos_id: int) -> np.ndarray:
+    documents = [[bos_id, *encode(tokenizer, text)] for text in texts]
     return np.concatenate([np.asarray(ids, np.int32) for ids in [[], *documents]])
 
 
@@ -47,14 +51,42 @@ def text_examples(tokenizer, texts: Iterable[str], length: int, bos_id: int) -> 
     Raises:
         InputError: when the texts are shorter than one window.
     """
-    stream = token_stream(tokenizer, texts, bos_id)
-    count = len(stream) // (length + 1)
-    if not count:
+    return _consecutive([token_stream(tokenizer, texts, bos_id)], length)
+
+
+def line_examples(
+    tokenizer, lines: Sequence[str], length: int, bos_id: int, *, num_groups: int
+) -> Batch:
+    """Windows as offsite-tuning's code cuts a text that comes in lines.
+
+    Every line begins with `bos_id`, empty ones too. The lines are dealt into `num_groups` runs
+    that differ by one line at most, the longer ones first; no window reaches from one run into
+    the next, so the end of each is dropped. Otherwise as `text_examples`.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        lines: in the order of the text.
+        length: T of the examples.
+        bos_id: begins every line.
+        num_groups: processes that the text was prepared by.
+
+    Raises:
+        InputError: when no run makes a window.
+    """
+    groups = np.array_split(np.arange(len(lines)), num_groups)
+    streams = [_stream(tokenizer, (lines[int(row)] for row in group), bos_id) for group in groups]
+    return _consecutive(streams, length)
+
+
+def _consecutive(streams: Sequence[np.ndarray], length: int) -> Batch:
+    counts = [len(stream) // (length + 1) for stream in streams]
+    if not sum(counts):
         raise InputError(
-            f"the text is shorter than one sequence: it has {len(stream)} tokens, a sequence of "
-            f"length {length} needs {length + 1}"
+            f"the text is shorter than one sequence: it has {max(map(len, streams))} tokens, a "
+            f"sequence of length {length} needs {length + 1}"
         )
-    return windows(stream, np.arange(count) * (length + 1), length)
+    kept = [stream[: n * (length + 1)] for stream, n in zip(streams, counts, strict=True)]
+    return windows(np.concatenate(kept), np.arange(sum(counts)) * (length + 1), length)
 
 
 def prompt_examples(
@@ -85,24 +117,29 @@ def prompt_examples(
 
 
 def choice_examples(
-    tokenizer, records: ChoiceRecords, bos_id: int, max_length: int
+    tokenizer, records: ChoiceRecords | ItemRecords, bos_id: int | None, max_length: int
 ) -> tuple[Batch, int]:
     r"""One row per candidate answer, item by item, with loss on the answer's tokens only.
 
-    The prompt is `Question: {question}\nAnswer:` and the completion ` {choice}`; otherwise as
-    `prompt_examples`.
+    `ChoiceRecords` are rendered as the prompt `Question: {question}\nAnswer:` and the completion
+    ` {choice}`, `ItemRecords` are taken as they are; otherwise as `prompt_examples`.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        records: questions.
+        bos_id: begins every prompt; None for none, as published results were measured.
+        max_length: largest T.
 
     Returns:
         Examples `[sum of the numbers of choices, T]`, and how many prompts were cut.
 
     Raises:
-        InputError: when a choice does not fit `max_length`.
+        InputError: when a choice does not fit `max_length`, or nothing precedes one.
     """
     pairs, labels = [], []
-    for number, item in enumerate(records.records, start=1):
-        prompt = f"Question: {item.question}\nAnswer:"
-        pairs += [Prompt(prompt, f" {choice}") for choice in item.choices]
-        labels += [f"{records.source} record {number}"] * len(item.choices)
+    for number, item in enumerate(records.items, start=1):
+        pairs += [Prompt(item.prompt, continuation) for continuation in item.continuations]
+        labels += [f"{records.source} record {number}"] * len(item.continuations)
     return _completion_examples(tokenizer, pairs, labels, bos_id, max_length, [])
 
 
@@ -110,29 +147,37 @@ def _completion_examples(
     tokenizer,
     pairs: Sequence[Prompt],
     labels: Sequence[str],
-    bos_id: int,
+    bos_id: int | None,
     max_length: int,
     end: list[int],
 ) -> tuple[Batch, int]:
+    start = [] if bos_id is None else [bos_id]
     rows, cuts = [], 0
     for pair, label in zip(pairs, labels, strict=True):
         prompt = encode(tokenizer, pair.prompt)
         completion = encode(tokenizer, pair.completion) + end
-        # A row of T inputs and T targets holds T + 1 tokens, the first of them `bos_id`.
-        room = max_length - len(completion)
-        if room < 0 or not completion:
+        if not 1 <= len(completion) <= max_length:
             raise InputError(
                 f"{label}: its completion has {len(completion)} tokens, expected 1 to the "
                 f"sequence length {max_length}"
             )
+        if not start and not prompt:
+            raise InputError(f"{label}: no token precedes its completion: the prompt is empty")
+        # A row of T inputs and T targets holds T + 1 tokens, the first of them never predicted.
+        room = max_length + 1 - len(start) - len(completion)
         cuts += len(prompt) > room
-        rows.append(([bos_id, *prompt[max(len(prompt) - room, 0) :]], completion))
+        rows.append((start + prompt[max(len(prompt) - room, 0) :], completion))
     longest = max(len(prompt) + len(completion) - 1 for prompt, completion in rows)
     length = min(-(-longest // _MULTIPLE) * _MULTIPLE, max_length)
-    return _padded(rows, length), cuts
+    return padded_examples(rows, length), cuts
 
 
-def _padded(rows: Sequence[tuple[list[int], list[int]]], length: int) -> Batch:
+def padded_examples(rows: Sequence[tuple[list[int], list[int]]], length: int) -> Batch:
+    """Token ids of prompts and completions as rows `[N, length]`, padded on the right.
+
+    A row holds at most `length + 1` tokens, at least one of them in its prompt; the loss is on its
+    completion.
+    """
     shape = (len(rows), length)
     # Token 0 under a zero attention mask: no model reads it.
     inputs, targets, attention = (np.zeros(shape, np.int32) for _ in range(3))

@@ -10,10 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.strict_json import parse_json
+
+if TYPE_CHECKING:
+    import datasets
 
 _SUFFIXES = (".txt", ".jsonl", ".json")
 
@@ -31,6 +34,14 @@ class Choice(NamedTuple):
     question: str
     choices: tuple[str, ...]
     answer: int
+
+
+class Item(NamedTuple):
+    """A prompt and candidate continuations, exactly as given; `accepted` indexes the right ones."""
+
+    prompt: str
+    continuations: tuple[str, ...]
+    accepted: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +81,29 @@ class PromptRecords:
 
 
 @dataclasses.dataclass(frozen=True)
+class ItemRecords:
+    """Prompts with candidate continuations.
+
+    Attributes:
+        records: in the order of the source.
+        source: label for reports, without the folder.
+    """
+
+    records: tuple[Item, ...]
+    source: str
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The records, which need no rendering."""
+        return self.records
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content, whatever file it came from."""
+        return _digest("item", self.records)
+
+
+@dataclasses.dataclass(frozen=True)
 class ChoiceRecords:
     """Multiple-choice questions.
 
@@ -80,6 +114,18 @@ class ChoiceRecords:
 
     records: tuple[Choice, ...]
     source: str
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        r"""` {choice}` after `Question: {question}\nAnswer:`, for each choice."""
+        return tuple(
+            Item(
+                f"Question: {record.question}\nAnswer:",
+                tuple(f" {choice}" for choice in record.choices),
+                (record.answer,),
+            )
+            for record in self.records
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -145,24 +191,40 @@ def _json_rows(name: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _read_dataset(name: str, split: str) -> Records:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
     path, config = name, None
     if not Path(name).is_dir():
         path, _, config = name.partition(":")
-    try:
-        table = datasets.load_dataset(path, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]
-        raise InputError(
-            f"{name}@{split}: cannot be loaded as a data set: {reason} "
-            "(a local .txt, .jsonl or .json file needs no network)"
-        ) from None
+    hint = "a local .txt, .jsonl or .json file needs no network"
+    table = load_table(path, config or None, split, where=f"{name}@{split}", hint=hint)
     label = f"{Path(name).name if Path(name).is_dir() else name}@{split}"
     fields = _FIELDS[_kind(table.column_names, label)]
     rows = table.select_columns(list(fields))
     return _collect(((f"{label} row {i}", row) for i, row in enumerate(rows, start=1)), label)
+
+
+def load_table(
+    path: str, config: str | None, split: str, *, where: str, hint: str
+) -> "datasets.Dataset":
+    """Loads one split of a folder of data files or of a data set on the Hugging Face hub.
+
+    Args:
+        path: the folder, or the name on the hub.
+        config: of the data set; None for its only one.
+        split: a split or a slice of one, as `datasets` spells it.
+        where: names the data in errors.
+        hint: what else a user may do, for errors.
+
+    Raises:
+        InputError: when it cannot be loaded.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(path, config, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise InputError(f"{where}: cannot be loaded as a data set: {reason} ({hint})") from None
 
 
 def _collect(rows: Iterable[tuple[str, Any]], source: str) -> Records:

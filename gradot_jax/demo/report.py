@@ -1,10 +1,12 @@
 """What the demo shows: whether the bench is valid, a table and a plot."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from gradot_jax.comparison.report import markdown
+from gradot_jax.comparison.statistics import estimate
 
 QUANTITIES = (
     "zero_shot",
@@ -86,8 +88,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
+    mean, error, _ = estimate(values)
+    return mean, error or 0.0
 
 
 def table(summary: Sequence[dict[str, Any]], bench: dict[str, Any]) -> str:
@@ -105,18 +107,13 @@ def table(summary: Sequence[dict[str, Any]], bench: dict[str, Any]) -> str:
 def _metric_table(summary: Sequence[dict[str, Any]], metric: str) -> list[str]:
     columns = ["method", "budget", "shipped", "grad. cosine", "grad. rel. error"]
     columns += [quantity.replace("_", " ") for quantity in QUANTITIES]
-    cells = [columns]
+    cells = []
     for row in summary:
         figures = [_shown(row["gradient_cosine"], 3), _shown(row["gradient_relative_error"], 3)]
         share = f"{100 * row['share_shipped'][0]:.0f} %"
         values = [_shown(row[quantity][metric], 1) for quantity in QUANTITIES]
         cells.append([row["method"], f"{row['budget']:g}", share, *figures, *values])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    rendered = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    return [rendered[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rendered[1:]]
+    return markdown(columns, cells).splitlines()
 
 
 def _shown(value: tuple[float, float], digits: int) -> str:

@@ -12,6 +12,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
+from gradot_jax.comparison.task import FineTuning
 from gradot_jax.data.examples import prompt_examples, text_examples, token_stream, windows
 from gradot_jax.data.records import Prompt, PromptRecords
 from gradot_jax.demo.corpus import Facts, fact_pass, prose_documents, stdlib_sources
@@ -68,31 +69,6 @@ class Task:
     name: str
     metric: Literal["perplexity", "exact_match"]
     parts: Parts[Batch]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuning:
-    """Settings for AdamW whose rate rises linearly from 0 over `warmup` steps, then falls to 0.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: examples a step.
-        learning_rate: peak.
-        warmup: steps.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        weight_decay: decoupled.
-        clip_norm: largest norm of the whole gradient.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int = 10
-    b1: float = 0.9
-    b2: float = 0.98
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
 
 
 FINE_TUNING = {

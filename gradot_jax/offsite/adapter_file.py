@@ -22,7 +22,6 @@ from gradot_jax.offsite.digest import base_digest
 from gradot_jax.offsite.manifest import AdapterManifest
 from gradot_jax.offsite.names import (
     adapter_from_tensors,
-    adapter_layers,
     adapter_schema,
     adapter_to_tensors,
 )
@@ -193,9 +192,9 @@ def adapter_report(config: OPTConfig, params: Params, adapter: Adapter) -> list[
     """
     original, _ = split_blocks(params, adapter.spec)
     pairs = zip(
-        adapter_layers(config, adapter.spec),
-        unstack_blocks((original.bottom, original.top)),
-        unstack_blocks((adapter.bottom, adapter.top)),
+        adapter.spec.layers(config.num_hidden_layers),
+        unstack_blocks(original.stacks),
+        unstack_blocks(adapter.stacks),
         strict=True,
     )
     return [_change(layer, old, new) for layer, old, new in pairs]

@@ -7,17 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradot_jax.compression.plan import LayerShape
+from gradot_jax.compression.plan import HarmonizerShape, LayerShape
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder
 from gradot_jax.files.strict_json import read_json, write_json
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.names import shell_from_hf, shell_schema, shell_to_hf
-from gradot_jax.models.opt.params import segment_blocks
 from gradot_jax.models.opt.weight_files import TOKENIZER_FILES, tokenizer_files
 from gradot_jax.offsite.card import bundle_card
 from gradot_jax.offsite.digest import shipped_digest
-from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.emulator import Emulator, build_emulator
 from gradot_jax.offsite.manifest import BundleManifest
 from gradot_jax.offsite.names import (
     adapter_from_tensors,
@@ -84,7 +83,7 @@ def save_bundle(
     method: str,
     attention_budget: float,
     mlp_budget: float,
-    shapes: tuple[LayerShape, ...],
+    shapes: tuple[LayerShape | HarmonizerShape, ...],
     base_digest: str | None = None,
     dtype: str | None = None,
     tokenizer_from: str | Path | None = None,
@@ -127,6 +126,7 @@ def save_bundle(
         attention_budget=attention_budget,
         mlp_budget=mlp_budget,
         shapes=shapes,
+        layer_map=emulator.layer_map,
         dtype=stored,
         base_digest=base_digest or shipped_digest(config, emulator.shell, emulator.adapter),
         files={},
@@ -136,7 +136,7 @@ def save_bundle(
     schemas = _schemas(draft)
     with output_folder(path, overwrite=overwrite) as folder:
         body = dict(shell_to_hf(emulator.shell))
-        body |= middle_to_tensors(emulator.middle, shapes)
+        body |= middle_to_tensors(emulator.stored_layers, shapes)
         write_stored(folder / EMULATOR_FILE, body.items(), schemas[EMULATOR_FILE], stored)
         outer = adapter_to_tensors(config, emulator.adapter)
         write_stored(folder / ADAPTER_FILE, outer, schemas[ADAPTER_FILE], stored)
@@ -176,7 +176,8 @@ def load_bundle(path: str | Path, *, dtype: str | None = None) -> Bundle:
         for j, shape in enumerate(manifest.shapes)
     ]
     shell = jax.tree.map(jnp.asarray, shell_from_hf(config, body))
-    return Bundle(config, Emulator(shell, adapter, segment_blocks(layers)), manifest, digest)
+    emulator = build_emulator(shell, adapter, layers, manifest.layer_map)
+    return Bundle(config, emulator, manifest, digest)
 
 
 def read_bundle_manifest(folder: Path) -> tuple[BundleManifest, str]:

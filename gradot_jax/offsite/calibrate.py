@@ -35,7 +35,6 @@ from gradot_jax.models.opt.params import (
     get_block,
 )
 from gradot_jax.nn.batch import Batch
-from gradot_jax.nn.linear import Dense
 from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
 from gradot_jax.parallel import DeviceMesh
@@ -101,8 +100,10 @@ def run_forward(
         mesh: devices to spread each batch over.
 
     Raises:
-        InputError: without a batch, with batches of unequal shapes, or when the loss is not finite.
+        InputError: for a split with inner blocks, without a batch, with batches of unequal
+            shapes, or when the loss is not finite.
     """
+    spec.check_sandwich("calibration")
     adapter, middle = split_blocks(params, spec)
     true_too = with_gradient and fisher == "mc"
     boundaries: list[list[jax.Array]] = [[] for _ in range(depth(middle))]
@@ -188,10 +189,19 @@ def sweep_middle(
     forward_pass: CalibrationPass,
     *,
     with_gradient: bool = False,
+    with_removals: bool = False,
 ) -> Iterator[tuple[int, dict[str, KroneckerFactors]]]:
     """The backward half: factors per site for each middle layer, from the top one down.
 
     Boundaries are released as the sweep passes them, so a `CalibrationPass` serves once.
+
+    Args:
+        config: the model's configuration.
+        params: the full original model.
+        spec: the split.
+        forward_pass: of the same model and split.
+        with_gradient: whether to take the gradients of the weights.
+        with_removals: whether to take the removal Fisher of fc2, `[F, F]`.
 
     Yields:
         (index in the middle, factors by site); factors of one layer at a time.
@@ -205,7 +215,7 @@ def sweep_middle(
         sums, cotangents = sweep_layer(
             _block_function(config),
             block,
-            zero_taps(block),
+            zero_taps(block, with_removals=with_removals),
             hidden,
             forward_pass.masks,
             cotangents,
@@ -252,10 +262,11 @@ def _block_function(config: OPTConfig) -> ApplyLayer:
 
 
 def _site_factors(sums, num_tokens: int) -> dict[str, KroneckerFactors]:
-    def gradient(site: str) -> Dense | None:
-        return None if sums.gradient is None else getattr(sums.gradient, site)
+    inputs, outputs, removals = sums.taps
 
-    return {
-        site: normalise(sums.taps.inputs[name], sums.taps.outputs[site], gradient(site), num_tokens)
-        for site, name in INPUT_OF_SITE.items()
-    }
+    def factors(site: str, name: str) -> KroneckerFactors:
+        gradient = None if sums.gradient is None else getattr(sums.gradient, site)
+        removed = removals if site == "fc2" else None
+        return normalise(inputs[name], outputs[site], gradient, num_tokens, removed)
+
+    return {site: factors(site, name) for site, name in INPUT_OF_SITE.items()}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from gradot_jax.models.opt.names import model_schema, shell_schema
 from gradot_jax.offsite.manifest import AdapterManifest, BundleManifest
 from gradot_jax.offsite.names import Schema, adapter_schema, middle_schema
+from gradot_jax.offsite.split import AdapterSpec
 
 
 class ParameterCounts(NamedTuple):
@@ -34,10 +35,16 @@ def _size(schema: Schema) -> int:
     return sum(math.prod(shape) for shape in schema.values())
 
 
+def trained_blocks(spec: AdapterSpec) -> str:
+    """The blocks of a split in words."""
+    ends = f"first {spec.num_bottom} and last {spec.num_top} blocks"
+    return f"{ends} and {', '.join(map(str, spec.inner))}" if spec.inner else ends
+
+
 def bundle_card(manifest: BundleManifest) -> str:
     """The README of a bundle: what it is, what it discloses and how to use it."""
     counts, config, spec = count_parameters(manifest), manifest.config, manifest.spec
-    middle = config.num_hidden_layers - spec.num_bottom - spec.num_top
+    middle = config.num_hidden_layers - spec.num_blocks
     shipped, unchanged = (f"{n / counts.original:.1%}" for n in (counts.shipped, counts.unchanged))
     return f"""\
 # Emulator of an OPT model
@@ -48,8 +55,8 @@ blocks alone. The model that they come from, and your text, stay where they are.
 | | |
 |---|---|
 | model | OPT, {config.num_hidden_layers} blocks of width {config.hidden_size} |
-| trained by you | first {spec.num_bottom} and last {spec.num_top} blocks |
-| compressed and frozen | the {middle} blocks between, as {len(manifest.shapes)} layers |
+| trained by you | {trained_blocks(spec)} |
+| compressed and frozen | the {middle} other blocks, as {len(manifest.shapes)} layers |
 | method | {manifest.method} |
 | budget | attention {manifest.attention_budget:g}, MLP {manifest.mlp_budget:g} |
 | dtype | {manifest.dtype} |
@@ -76,8 +83,8 @@ def adapter_card(manifest: AdapterManifest) -> str:
     return f"""\
 # Tuned adapter of an OPT model
 
-The first {spec.num_bottom} and last {spec.num_top} of {config.num_hidden_layers} blocks, tuned
-around an emulator, in {manifest.dtype}. They replace the same blocks of the original model:
+The {trained_blocks(spec)} of {config.num_hidden_layers}, tuned around an emulator, in
+{manifest.dtype}. They replace the same blocks of the original model:
 `gradot_jax.offsite.adapter_file.load_adapter` reads this folder and `check_adapter` verifies that
 it belongs to a model. It holds weights only, and no text, loss or state of the training.
 Weights can still reveal something of the text that they were trained on.

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from gradot_jax.compression.plan import HarmonizerShape
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import regular_file
 from gradot_jax.files.strict_json import read_json
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.offsite.adapter_file import read_adapter_manifest
 from gradot_jax.offsite.bundle import read_bundle_manifest
-from gradot_jax.offsite.card import count_parameters
+from gradot_jax.offsite.card import count_parameters, trained_blocks
 from gradot_jax.offsite.manifest import AdapterManifest, BundleManifest
 from gradot_jax.offsite.sealed_folder import MANIFEST, digest_matches, read_manifest
 
@@ -68,10 +69,9 @@ def _describe_sealed(folder: Path) -> dict[str, str]:
 
 
 def _describe_common(manifest: BundleManifest | AdapterManifest) -> dict[str, str]:
-    spec = manifest.spec
     return {
         **_describe_config(manifest.config),
-        "split": f"first {spec.num_bottom} and last {spec.num_top} blocks are trained",
+        "split": f"{trained_blocks(manifest.spec)} are trained",
         "dtype": manifest.dtype,
         "base digest": manifest.base_digest,
     }
@@ -90,10 +90,16 @@ def _describe_config(config: OPTConfig) -> dict[str, str]:
 
 def _describe_middle(manifest: BundleManifest) -> dict[str, str]:
     def shape(layer) -> str:
+        if isinstance(layer, HarmonizerShape):
+            return f"harmonizer of rank {layer.rank}"
         ranks = (f"{site} {'dense' if rank is None else rank}" for site, rank in layer.ranks)
         return f"{', '.join(ranks)}, channels {layer.num_channels}"
 
-    return {f"middle {j}": shape(layer) for j, layer in enumerate(manifest.shapes)}
+    layers = {f"middle {j}": shape(layer) for j, layer in enumerate(manifest.shapes)}
+    if manifest.layer_map == tuple(range(len(manifest.shapes))):
+        return layers
+    places = ("adapter" if place is None else str(place) for place in manifest.layer_map)
+    return layers | {"layer map": " ".join(places)}
 
 
 def _describe_files(folder: Path, manifest: BundleManifest | AdapterManifest) -> dict[str, str]:

@@ -36,7 +36,7 @@ def shipped_digest(config: OPTConfig, shell: Shell, adapter: Adapter) -> str:
     and bfloat16 is exact, so the dtype that a model was loaded in does not matter.
     """
     spec = adapter.spec
-    digest = hashlib.sha256(json.dumps([spec.num_bottom, spec.num_top]).encode())
+    digest = hashlib.sha256(json.dumps([spec.num_bottom, spec.num_top, spec.inner]).encode())
     for tensors in (shell_to_hf(shell), adapter_to_tensors(config, adapter)):
         for name, array in tensors:
             digest.update(json.dumps([name, array.shape]).encode())

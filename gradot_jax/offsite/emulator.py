@@ -1,9 +1,29 @@
 """The emulator: what the model owner ships."""
 
-import flax.struct
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 
-from gradot_jax.models.opt.params import Block, Params, Shell, depth
-from gradot_jax.offsite.split import Adapter
+import flax.struct
+import jax
+
+from gradot_jax.models.opt.params import (
+    Layer,
+    Params,
+    Segment,
+    Shared,
+    Shell,
+    depth,
+    get_block,
+    num_stored,
+    segment_blocks,
+    slice_blocks,
+    stack_blocks,
+)
+from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
+
+LayerMap = tuple[int | None, ...]
+"""What runs between bottom and top adapter, place by place: the index of a stored layer of the
+middle, or None for the next inner block of the adapter."""
 
 
 @flax.struct.dataclass
@@ -15,16 +35,104 @@ class Emulator:
 
     Attributes:
         shell: embeddings, final norm and head; frozen.
-        adapter: the original's outer blocks, to be trained.
-        middle: compressed blocks in depth order, as stacks of equal shape; frozen.
+        adapter: original blocks, to be trained.
+        middle: compressed layers in depth order; frozen.
+        inner_after: for each inner block of the adapter, how many segments of `middle` run before
+            it.
     """
 
     shell: Shell
     adapter: Adapter
-    middle: tuple[Block, ...]
+    middle: tuple[Segment, ...]
+    inner_after: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
     def assemble(self, adapter: Adapter | None = None) -> Params:
         """The runnable model: this emulator's middle within an adapter (its own by default)."""
         adapter = self.adapter if adapter is None else adapter
-        segments = (adapter.bottom, *self.middle, adapter.top)
+        segments: list[Segment] = [adapter.bottom]
+        start = 0
+        for index, stop in enumerate(self.inner_after):
+            segments += self.middle[start:stop]
+            segments.append(slice_blocks(adapter.inner, index, index + 1))
+            start = stop
+        segments += self.middle[start:]
+        segments.append(adapter.top)
         return Params(self.shell, tuple(s for s in segments if depth(s)))
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """What runs where, with stored layers numbered in depth order."""
+        places: list[int | None] = []
+        stored = 0
+        for index, segment in enumerate(self.middle):
+            places += [None] * self.inner_after.count(index)
+            order = segment.order if isinstance(segment, Shared) else range(depth(segment))
+            places += [stored + place for place in order]
+            stored += num_stored(segment)
+        return (*places, *[None] * self.inner_after.count(len(self.middle)))
+
+    @property
+    def stored_layers(self) -> list[Layer]:
+        """The layers of the middle as `layer_map` numbers them."""
+        return [
+            get_block(segment, index)
+            for segment in self.middle
+            for index in range(num_stored(segment))
+        ]
+
+
+def build_emulator(
+    shell: Shell, adapter: Adapter, layers: Sequence[Layer], layer_map: LayerMap | None = None
+) -> Emulator:
+    """An emulator from single layers.
+
+    Args:
+        shell: of the original.
+        adapter: of the original.
+        layers: what is stored of the middle, in depth order.
+        layer_map: what runs where; None runs every layer once.
+    """
+    gaps: list[list[int]] = [[]]
+    for place in range(len(layers)) if layer_map is None else layer_map:
+        if place is None:
+            gaps.append([])
+        else:
+            gaps[-1].append(place)
+    middle: list[Segment] = []
+    ends = []
+    for gap in gaps:
+        middle += _segments(layers, gap)
+        ends.append(len(middle))
+    return Emulator(shell, adapter, tuple(middle), tuple(ends[:-1]))
+
+
+def _segments(layers: Sequence[Layer], places: list[int]) -> tuple[Segment, ...]:
+    if len(set(places)) == len(places):
+        return segment_blocks([layers[place] for place in places])
+    shared = []
+    for _, run in groupby(places, lambda place: str(jax.tree.map(jax.typeof, layers[place]))):
+        order = list(run)
+        stored = sorted(set(order))
+        blocks = stack_blocks([layers[place] for place in stored])
+        shared.append(Shared(blocks, tuple(map(stored.index, order))))
+    return tuple(shared)
+
+
+def original_emulator(params: Params, spec: AdapterSpec) -> Emulator:
+    """The full model in the form in which its adapter can be trained: the upper bound.
+
+    Raises:
+        InputError: when the split leaves no middle or nothing to train.
+    """
+    adapter, middle = split_blocks(params, spec)
+    if not spec.inner:
+        return Emulator(params.shell, adapter, (middle,))
+    # Middle layers before the n-th inner block: all layers before it but adapter blocks.
+    ends = [layer - spec.num_bottom - n for n, layer in enumerate(spec.inner)]
+    bounds = [0, *ends, depth(middle)]
+    pieces: list[Segment] = []
+    inner_after = []
+    for start, stop in pairwise(bounds):
+        pieces += [slice_blocks(middle, start, stop)] if stop > start else []
+        inner_after.append(len(pieces))
+    return Emulator(params.shell, adapter, tuple(pieces), tuple(inner_after[:-1]))

@@ -5,8 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import ATTENTION_SITES, Block, Params, concatenate_blocks
+from gradot_jax.models.opt.params import (
+    ATTENTION_SITES,
+    Block,
+    Params,
+    Segment,
+    Shared,
+    concatenate_blocks,
+    take_blocks,
+)
+from gradot_jax.nn.harmonizer import Harmonizer
 from gradot_jax.nn.linear import Dense, Linear, dense_kernel
 
 
@@ -22,14 +32,21 @@ def export_params(config: OPTConfig, params: Params) -> tuple[OPTConfig, Params]
 
     Returns:
         A configuration with the emulator's depth, and equal weights in one segment of dense
-        blocks.
+        blocks; shared blocks are written out once for each place at which they run.
+
+    Raises:
+        InputError: for an emulator with harmonizers: no block of an OPT computes what they do.
     """
     blocks = concatenate_blocks([_dense_block(stack, config.ffn_dim) for stack in params.segments])
     exported = dataclasses.replace(config, num_hidden_layers=params.num_layers)
     return exported, Params(params.shell, (blocks,))
 
 
-def _dense_block(stack: Block, ffn_dim: int) -> Block:
+def _dense_block(stack: Segment, ffn_dim: int) -> Block:
+    if isinstance(stack, Shared):
+        stack = take_blocks(stack.blocks, stack.order)
+    if isinstance(stack, Harmonizer):
+        raise InputError("export: the emulator has harmonizers, which no OPT block can express")
     fc1, fc2 = stack.fc1, stack.fc2
     fc1_bias = None if fc1.bias is None else _pad(fc1.bias, -1, ffn_dim)
     return stack.replace(

@@ -14,10 +14,10 @@ import numpy as np
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import summed_loss
-from gradot_jax.models.opt.params import Block, Params, Shell
+from gradot_jax.models.opt.params import Block, Params
 from gradot_jax.nn.batch import Batch
-from gradot_jax.offsite.emulator import Emulator
-from gradot_jax.offsite.split import Adapter, split_blocks
+from gradot_jax.offsite.emulator import Emulator, original_emulator
+from gradot_jax.offsite.split import Adapter
 
 
 class Agreement(NamedTuple):
@@ -39,8 +39,8 @@ class GradientFidelity(NamedTuple):
 
     Attributes:
         adapter: over all adapter blocks.
-        bottom: over the bottom ones; None when there are none.
-        top: over the top ones; None when there are none.
+        bottom: over the first blocks; None when there are none.
+        top: over the last blocks; None when there are none.
         loss_full: mean loss of the full model, nats per token.
         loss_emulator: mean loss of the emulator, nats per token.
     """
@@ -80,17 +80,15 @@ def gradient_fidelity(
         InputError: without a batch that counts a token, or when a loss is not finite.
     """
     batches = list(batches)
-    original, middle = split_blocks(params, emulator.adapter.spec)
-    loss, gradient = _mean_gradient(config, params.shell, original, (middle,), batches)
-    loss_emulator, gradient_emulator = _mean_gradient(
-        config, emulator.shell, emulator.adapter, emulator.middle, batches
-    )
+    original = original_emulator(params, emulator.adapter.spec)
+    loss, gradient = _mean_gradient(config, original, batches)
+    loss_emulator, gradient_emulator = _mean_gradient(config, emulator, batches)
     bottom, top = (
         (_flat(getattr(gradient, end)), _flat(getattr(gradient_emulator, end)))
         for end in ("bottom", "top")
     )
     return GradientFidelity(
-        adapter=_agreement(*map(np.concatenate, zip(bottom, top, strict=True))),
+        adapter=_agreement(_flat(gradient), _flat(gradient_emulator)),
         bottom=_agreement(*bottom) if bottom[0].size else None,
         top=_agreement(*top) if top[0].size else None,
         loss_full=loss,
@@ -98,11 +96,11 @@ def gradient_fidelity(
     )
 
 
-def _mean_gradient(config, shell, adapter, middle, batches) -> tuple[float, Adapter]:
+def _mean_gradient(config, emulator, batches) -> tuple[float, Adapter]:
     total, count = 0.0, 0.0
-    gradient = jax.tree.map(lambda a: np.zeros(a.shape, np.float64), adapter)
+    gradient = jax.tree.map(lambda a: np.zeros(a.shape, np.float64), emulator.adapter)
     for batch in batches:
-        (loss, number), part = _summed_gradient(config, shell, adapter, middle, batch)
+        (loss, number), part = _summed_gradient(config, emulator, batch)
         gradient = jax.tree.map(lambda s, p: s + np.asarray(p, np.float64), gradient, part)
         total, count = total + float(loss), count + float(number)
     if not count:
@@ -113,16 +111,14 @@ def _mean_gradient(config, shell, adapter, middle, batches) -> tuple[float, Adap
 
 
 @partial(jax.jit, static_argnames="config")
-def _summed_gradient(
-    config: OPTConfig, shell: Shell, adapter: Adapter, middle: tuple[Block, ...], batch: Batch
-):
+def _summed_gradient(config: OPTConfig, emulator: Emulator, batch: Batch):
     def loss(adapter):
-        return summed_loss(config, Emulator(shell, adapter, middle).assemble(), batch)
+        return summed_loss(config, emulator.assemble(adapter), batch)
 
-    return jax.value_and_grad(loss, has_aux=True)(adapter)
+    return jax.value_and_grad(loss, has_aux=True)(emulator.adapter)
 
 
-def _flat(tree: Block) -> np.ndarray:
+def _flat(tree: Block | Adapter) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from gradot_jax.compression.plan import LayerShape
+from gradot_jax.compression.plan import HarmonizerShape, LayerShape
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import ATTENTION_SITES
+from gradot_jax.offsite.emulator import LayerMap
 from gradot_jax.offsite.split import AdapterSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 
 MAX_LAYERS = 4096
@@ -50,6 +51,7 @@ class BundleManifest:
         attention_budget: share of the middle's attention parameters asked for.
         mlp_budget: share of the middle's MLP parameters asked for.
         shapes: of the compressed layers, in depth order.
+        layer_map: which of them runs where, see `offsite.emulator.LayerMap`.
         dtype: of every stored array.
         base_digest: see `offsite.digest.base_digest`.
         files: every file of the folder but the manifest.
@@ -62,19 +64,20 @@ class BundleManifest:
     method: str
     attention_budget: float
     mlp_budget: float
-    shapes: tuple[LayerShape, ...]
+    shapes: tuple[LayerShape | HarmonizerShape, ...]
+    layer_map: LayerMap
     dtype: StoredDtype
     base_digest: str
     files: Mapping[str, FileRecord]
 
     def to_values(self) -> dict[str, Any]:
         """The contents of the manifest file."""
-        middle = [{"ranks": dict(s.ranks), "num_channels": s.num_channels} for s in self.shapes]
         return {
             **_common_values(self),
             "method": self.method,
             "budget": {"attention": self.attention_budget, "mlp": self.mlp_budget},
-            "middle": middle,
+            "middle": [_shape_values(shape) for shape in self.shapes],
+            "layer_map": list(self.layer_map),
         }
 
     @classmethod
@@ -89,15 +92,19 @@ class BundleManifest:
             InputError: when anything is missing, unknown, out of range or contradictory.
         """
         _check_format(values, cls.kind, where)
-        _check_keys(values, {*_COMMON_KEYS, "method", "budget", "middle"}, where)
+        _check_keys(values, {*_COMMON_KEYS, "method", "budget", "middle", "layer_map"}, where)
         common = _common_fields(values, where)
         budget = _check_keys(values["budget"], ("attention", "mlp"), f"{where}: budget")
+        shapes = _shapes(values["middle"], common["config"], common["spec"], where)
         return cls(
             **common,
             method=_text(values["method"], _METHOD, f"{where}: method"),
             attention_budget=_share(budget["attention"], f"{where}: budget attention"),
             mlp_budget=_share(budget["mlp"], f"{where}: budget mlp"),
-            shapes=_shapes(values["middle"], common["config"], common["spec"], where),
+            shapes=shapes,
+            layer_map=_layer_map(
+                values["layer_map"], len(shapes), common["config"], common["spec"], where
+            ),
         )
 
 
@@ -146,7 +153,7 @@ def _common_values(manifest: BundleManifest | AdapterManifest) -> dict[str, Any]
         "format": manifest.kind,
         "format_version": FORMAT_VERSION,
         "config": manifest.config.to_hf(),
-        "split": dataclasses.asdict(manifest.spec),
+        "split": {**dataclasses.asdict(manifest.spec), "inner": list(manifest.spec.inner)},
         "dtype": manifest.dtype,
         "base_digest": manifest.base_digest,
         "files": {name: dataclasses.asdict(record) for name, record in manifest.files.items()},
@@ -220,9 +227,15 @@ def _config(values: Any, where: str) -> OPTConfig:
 
 
 def _split(values: Any, config: OPTConfig, where: str) -> AdapterSpec:
-    _check_keys(values, ("num_bottom", "num_top"), where)
+    _check_keys(values, ("num_bottom", "num_top", "inner"), where)
+    bottom, top = (
+        _integer(values[k], 0, MAX_LAYERS, f"{where}: {k}") for k in ("num_bottom", "num_top")
+    )
+    inner = values["inner"]
+    if not isinstance(inner, list) or len(inner) > config.num_hidden_layers:
+        raise InputError(f"{where}: inner must list at most {config.num_hidden_layers} layers")
     spec = AdapterSpec(
-        **{k: _integer(v, 0, MAX_LAYERS, f"{where}: {k}") for k, v in values.items()}
+        bottom, top, tuple(_integer(i, 0, MAX_LAYERS, f"{where}: inner") for i in inner)
     )
     try:
         spec.check(config.num_hidden_layers)
@@ -233,14 +246,46 @@ def _split(values: Any, config: OPTConfig, where: str) -> AdapterSpec:
 
 def _shapes(
     layers: Any, config: OPTConfig, spec: AdapterSpec, where: str
-) -> tuple[LayerShape, ...]:
+) -> tuple[LayerShape | HarmonizerShape, ...]:
     most = config.num_hidden_layers - spec.num_bottom - spec.num_top
     if not isinstance(layers, list) or len(layers) > most:
         raise InputError(f"{where}: middle must list at most {most} layers")
     return tuple(_shape(layer, config, f"{where}: middle {j}") for j, layer in enumerate(layers))
 
 
-def _shape(layer: Any, config: OPTConfig, where: str) -> LayerShape:
+def _layer_map(
+    places: Any, num_stored: int, config: OPTConfig, spec: AdapterSpec, where: str
+) -> LayerMap:
+    where = f"{where}: layer_map"
+    most = config.num_hidden_layers - spec.num_bottom - spec.num_top
+    if not isinstance(places, list) or len(places) > most:
+        raise InputError(f"{where}: must list at most {most} places")
+    if places.count(None) != len(spec.inner):
+        raise InputError(
+            f"{where}: has {places.count(None)} places for inner blocks, the split has "
+            f"{len(spec.inner)}"
+        )
+    used = 0
+    for place in places:
+        if place is not None:
+            _integer(place, 0, min(used, num_stored - 1), where)
+            used = max(used, place + 1)
+    if used != num_stored:
+        raise InputError(f"{where}: uses {used} of {num_stored} stored layers")
+    return tuple(places)
+
+
+def _shape_values(shape: LayerShape | HarmonizerShape) -> dict[str, Any]:
+    if isinstance(shape, HarmonizerShape):
+        return {"harmonizer_rank": shape.rank}
+    return {"ranks": dict(shape.ranks), "num_channels": shape.num_channels}
+
+
+def _shape(layer: Any, config: OPTConfig, where: str) -> LayerShape | HarmonizerShape:
+    if isinstance(layer, dict) and "harmonizer_rank" in layer:
+        _check_keys(layer, ("harmonizer_rank",), where)
+        rank = _integer(layer["harmonizer_rank"], 1, config.ffn_dim, f"{where}: harmonizer_rank")
+        return HarmonizerShape(rank=rank)
     _check_keys(layer, ("ranks", "num_channels"), where)
     ranks = _check_keys(layer["ranks"], ATTENTION_SITES, f"{where}: ranks")
 

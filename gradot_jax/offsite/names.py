@@ -1,9 +1,10 @@
 """Tensor names in bundles and adapters, and the ways between them and our trees.
 
-Outer blocks have the Hugging Face names of the full model, with its layer indices. Compressed
+Adapter blocks have the Hugging Face names of the full model, with its layer indices. Compressed
 layers are numbered by their place in the emulator, `middle.{j}.`, which does not tell which
 layers of the original they come from. Dense weights lie as torch stores them, `[D_out, D_in]`;
-factors as `left` `[D_in, R]` and `right` `[R, D_out]`. Arrays are numpy, on the host.
+factors as `left` `[D_in, R]` and `right` `[R, D_out]`. A harmonizer has two dense weights,
+`harmonizer.down` and `harmonizer.up`. Arrays are numpy, on the host.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from gradot_jax.compression.plan import LayerShape
+from gradot_jax.compression.plan import HarmonizerShape, LayerShape
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.names import block_from_hf, block_schema, block_to_hf, layer_prefix
@@ -19,10 +20,11 @@ from gradot_jax.models.opt.params import (
     ATTENTION_SITES,
     MLP_SITES,
     Block,
-    slice_blocks,
+    Layer,
     stack_blocks,
     unstack_blocks,
 )
+from gradot_jax.nn.harmonizer import Harmonizer
 from gradot_jax.nn.linear import Dense, Linear, LowRank
 from gradot_jax.nn.norm import LayerNorm
 from gradot_jax.offsite.split import Adapter, AdapterSpec
@@ -31,27 +33,21 @@ Schema = dict[str, tuple[int, ...]]
 
 _PREFIXES = {site: f"self_attn.{site}." for site in ATTENTION_SITES}
 _PREFIXES |= {site: f"{site}." for site in MLP_SITES}
+_HARMONIZER = ("down", "up")
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
-
-
-def adapter_layers(config: OPTConfig, spec: AdapterSpec) -> tuple[int, ...]:
-    """Full-model indices of the adapter's blocks, in depth order."""
-    layers = config.num_hidden_layers
-    return (*range(spec.num_bottom), *range(layers - spec.num_top, layers))
 
 
 def adapter_schema(config: OPTConfig, spec: AdapterSpec) -> Schema:
     """Shapes of an adapter's tensors, by name."""
     block = block_schema(config).items()
-    return {
-        layer_prefix(i) + name: shape for i in adapter_layers(config, spec) for name, shape in block
-    }
+    layers = spec.layers(config.num_hidden_layers)
+    return {layer_prefix(i) + name: shape for i in layers for name, shape in block}
 
 
 def adapter_to_tensors(config: OPTConfig, adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:
     """An adapter's tensors, by name."""
-    layers = adapter_layers(config, adapter.spec)
-    for layer, block in zip(layers, unstack_blocks((adapter.bottom, adapter.top)), strict=True):
+    layers = adapter.spec.layers(config.num_hidden_layers)
+    for layer, block in zip(layers, unstack_blocks(adapter.stacks), strict=True):
         for name, array in block_to_hf(block):
             yield layer_prefix(layer) + name, array
 
@@ -60,10 +56,9 @@ def adapter_from_tensors(
     config: OPTConfig, spec: AdapterSpec, tensors: Mapping[str, np.ndarray]
 ) -> Adapter:
     """The adapter from tensors that fit `adapter_schema`."""
-    layers = adapter_layers(config, spec)
+    layers = spec.layers(config.num_hidden_layers)
     blocks = stack_blocks([block_from_hf(config, tensors, layer_prefix(i)) for i in layers])
-    bottom = slice_blocks(blocks, 0, spec.num_bottom)
-    return Adapter(bottom, slice_blocks(blocks, spec.num_bottom, len(layers)))
+    return Adapter.of_stack(blocks, spec)
 
 
 def middle_prefix(index: int) -> str:
@@ -71,40 +66,66 @@ def middle_prefix(index: int) -> str:
     return f"middle.{index}."
 
 
-def middle_schema(config: OPTConfig, shapes: Sequence[LayerShape]) -> Schema:
+def middle_schema(config: OPTConfig, shapes: Sequence[LayerShape | HarmonizerShape]) -> Schema:
     """Shapes of the compressed layers' tensors, by name."""
-    schema: Schema = {}
-    for index, shape in enumerate(shapes):
-        pruned = dataclasses.replace(config, ffn_dim=shape.num_channels)
-        layer = block_schema(pruned)
-        for site, rank in shape.ranks:
-            if rank is not None:
-                d_out, d_in = layer.pop(_PREFIXES[site] + "weight")
-                layer[_PREFIXES[site] + "left"] = (d_in, rank)
-                layer[_PREFIXES[site] + "right"] = (rank, d_out)
-        schema |= {middle_prefix(index) + name: size for name, size in layer.items()}
-    return schema
+    return {
+        middle_prefix(index) + name: size
+        for index, shape in enumerate(shapes)
+        for name, size in _layer_schema(config, shape).items()
+    }
+
+
+def _layer_schema(config: OPTConfig, shape: LayerShape | HarmonizerShape) -> Schema:
+    if isinstance(shape, HarmonizerShape):
+        width, rank = config.hidden_size, shape.rank
+        return {
+            "harmonizer.down.weight": (rank, width),
+            "harmonizer.down.bias": (rank,),
+            "harmonizer.up.weight": (width, rank),
+            "harmonizer.up.bias": (width,),
+        }
+    layer = block_schema(dataclasses.replace(config, ffn_dim=shape.num_channels))
+    for site, rank in shape.ranks:
+        if rank is not None:
+            d_out, d_in = layer.pop(_PREFIXES[site] + "weight")
+            layer[_PREFIXES[site] + "left"] = (d_in, rank)
+            layer[_PREFIXES[site] + "right"] = (rank, d_out)
+    return layer
 
 
 def middle_to_tensors(
-    middle: Sequence[Block], shapes: Sequence[LayerShape]
+    layers: Sequence[Layer], shapes: Sequence[LayerShape | HarmonizerShape]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The compressed layers' tensors at their true sizes, by name.
 
     Args:
-        middle: stacks in depth order; ranks and channels may be padded with zeros at their end.
+        layers: single, see `Emulator.stored_layers`; ranks and channels may be padded with zeros
+            at their end.
         shapes: true sizes, one per layer.
 
     Raises:
-        InputError: when the number of layers differs, or what lies beyond a true size is not
-            zero.
+        InputError: when the number or kind of layers differs, or what lies beyond a true size is
+            not zero.
     """
-    blocks = unstack_blocks(middle)
-    if len(blocks) != len(shapes):
-        raise InputError(f"the emulator has {len(blocks)} compressed layers, not {len(shapes)}")
-    for index, (block, shape) in enumerate(zip(blocks, shapes, strict=True)):
-        for name, array in _block_to_tensors(_trim(block, shape, f"middle layer {index}")):
+    if len(layers) != len(shapes):
+        raise InputError(f"the emulator has {len(layers)} compressed layers, not {len(shapes)}")
+    for index, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
+        where = f"middle layer {index}"
+        if isinstance(layer, Harmonizer) != isinstance(shape, HarmonizerShape):
+            raise InputError(f"{where}: planned {shape}, got a {type(layer).__name__}")
+        if isinstance(layer, Harmonizer):
+            tensors = _harmonizer_to_tensors(layer)
+        else:
+            tensors = _block_to_tensors(_trim(layer, shape, where))
+        for name, array in tensors:
             yield middle_prefix(index) + name, array
+
+
+def _harmonizer_to_tensors(layer: Harmonizer) -> Iterator[tuple[str, np.ndarray]]:
+    for part in _HARMONIZER:
+        weights = getattr(layer, part)
+        yield f"harmonizer.{part}.weight", np.asarray(weights.kernel).T
+        yield f"harmonizer.{part}.bias", np.asarray(weights.bias)
 
 
 def _trim(block: Block, shape: LayerShape, where: str) -> Block:
@@ -152,9 +173,15 @@ def _block_to_tensors(block: Block) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def middle_layer_from_tensors(
-    config: OPTConfig, shape: LayerShape, tensors: Mapping[str, np.ndarray], prefix: str
-) -> Block:
+    config: OPTConfig,
+    shape: LayerShape | HarmonizerShape,
+    tensors: Mapping[str, np.ndarray],
+    prefix: str,
+) -> Layer:
     """One compressed layer from tensors `prefix + name` that fit `middle_schema`."""
+    if isinstance(shape, HarmonizerShape):
+        names = (f"{prefix}harmonizer.{part}" for part in _HARMONIZER)
+        return Harmonizer(*(Dense(tensors[f"{n}.weight"].T, tensors[f"{n}.bias"]) for n in names))
     ranks = dict(shape.ranks)
 
     def linear(site: str) -> Linear:

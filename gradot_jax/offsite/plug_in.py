@@ -4,15 +4,16 @@ import jax
 
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.params import Params, concatenate_blocks
-from gradot_jax.offsite.split import Adapter, split_blocks
+from gradot_jax.offsite.emulator import original_emulator
+from gradot_jax.offsite.split import Adapter
 
 
 def plug_in(params: Params, adapter: Adapter) -> Params:
-    """The original model with its outer blocks replaced; nothing else changes.
+    """The original model with its adapter blocks replaced; nothing else changes.
 
     Args:
         params: the full original model.
-        adapter: tuned blocks; the split is read from its depth.
+        adapter: tuned blocks; which layers they replace is read from its split.
 
     Returns:
         A model like `params`; the adapter takes the dtype of what it replaces.
@@ -20,8 +21,8 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
     Raises:
         InputError: when the adapter's arrays do not fit the blocks that they replace.
     """
-    original, middle = split_blocks(params, adapter.spec)
-    expected, got = _shapes(original), _shapes(adapter)
+    original = original_emulator(params, adapter.spec)
+    expected, got = _shapes(original.adapter), _shapes(adapter)
     differing = [
         f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
         for name in sorted(expected.keys() | got.keys())
@@ -29,8 +30,8 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
     ]
     if differing:
         raise InputError("the adapter does not fit this model: " + "; ".join(differing[:8]))
-    cast = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter, original)
-    return Params(params.shell, (concatenate_blocks((cast.bottom, middle, cast.top)),))
+    cast = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter, original.adapter)
+    return Params(params.shell, (concatenate_blocks(original.assemble(cast).segments),))
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:

@@ -4,8 +4,9 @@ Gradients and optimiser state exist for the adapter only.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,25 +15,23 @@ from jax.typing import DTypeLike
 
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import summed_loss
-from gradot_jax.models.opt.params import Block, Shell
+from gradot_jax.models.opt.params import Segment, Shell
 from gradot_jax.models.opt.partition import param_shardings, shard_params
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.loop import StepMetrics
 from gradot_jax.offsite.optimizer import current_learning_rate
 from gradot_jax.offsite.split import Adapter
 from gradot_jax.parallel import DeviceMesh
 
 
-class Frozen(NamedTuple):
-    """What is not trained, in the dtype of the arithmetic.
-
-    Attributes:
-        shell: embeddings, final norm and head.
-        middle: stacks of blocks between the adapter's two.
-    """
+@flax.struct.dataclass
+class Frozen:
+    """What is not trained, in the dtype of the arithmetic; fields as in `Emulator`."""
 
     shell: Shell
-    middle: tuple[Block, ...]
+    middle: tuple[Segment, ...]
+    inner_after: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 class TrainState(NamedTuple):
@@ -48,20 +47,6 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-class StepMetrics(NamedTuple):
-    """Scalars of one step, float32.
-
-    Attributes:
-        loss: nats per counted target, before the update.
-        gradient_norm: before clipping.
-        learning_rate: of the latest update; None when the optimiser does not record it.
-    """
-
-    loss: jax.Array
-    gradient_norm: jax.Array
-    learning_rate: jax.Array | None
-
-
 def init_training(
     emulator: Emulator,
     optimizer: optax.GradientTransformation,
@@ -73,14 +58,35 @@ def init_training(
 
     The state shares no memory with the emulator, so that it may be donated.
     """
-    frozen = _cast(Frozen(emulator.shell, emulator.middle), compute_dtype)
+    frozen = _cast(Frozen(emulator.shell, emulator.middle, emulator.inner_after), compute_dtype)
     adapter = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), emulator.adapter)
     state = TrainState(adapter, optimizer.init(adapter))
+    return place((frozen, state), mesh)
+
+
+def place(tree, mesh: DeviceMesh | None):
+    """Puts a tree of OPT parameters, or a state over such, on its devices."""
     if mesh is None:
         # Committed to the default device as what a checkpoint restores is, or the first step of
         # a resumed run would be compiled anew.
-        return jax.device_put((frozen, state), jnp.zeros(()).sharding)
-    return shard_params(frozen, mesh), shard_params(state, mesh)
+        return jax.device_put(tree, jnp.zeros(()).sharding)
+    return shard_params(tree, mesh)
+
+
+def descend(
+    optimizer: optax.GradientTransformation,
+    weights: Any,
+    optimizer_state: optax.OptState,
+    gradient: Any,
+    mesh: DeviceMesh | None,
+) -> tuple[Any, optax.OptState]:
+    """Weights and optimiser state after one update, on the devices where they were."""
+    updates, optimizer_state = optimizer.update(gradient, optimizer_state, weights)
+    after: Any = (optax.apply_updates(weights, updates), optimizer_state)
+    if mesh is None:
+        return after
+    # Left to itself XLA may choose another layout, and the next step would compile again.
+    return jax.lax.with_sharding_constraint(after, param_shardings(after, mesh))
 
 
 @functools.partial(
@@ -115,12 +121,8 @@ def train_step(
     # the number of targets, and vanish in float16.
     (total, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.adapter)
     gradient = jax.tree.map(lambda g: g / count, gradient)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
-    state = TrainState(optax.apply_updates(state.adapter, updates), optimizer_state)
-    if mesh is not None:
-        # Left to itself XLA may choose another layout, and the next step would compile again.
-        state = jax.lax.with_sharding_constraint(state, param_shardings(state, mesh))
-    learning_rate = current_learning_rate(optimizer_state)
+    state = TrainState(*descend(optimizer, *state, gradient, mesh))
+    learning_rate = current_learning_rate(state.optimizer)
     return state, StepMetrics(total / count, optax.tree.norm(gradient), learning_rate)
 
 
@@ -148,7 +150,7 @@ def _adapter_loss(
     config: OPTConfig, adapter: Adapter, frozen: Frozen, batch: Batch, remat: bool
 ) -> tuple[jax.Array, jax.Array]:
     adapter = _cast(adapter, frozen.shell.embed_tokens.dtype)
-    params = Emulator(frozen.shell, adapter, frozen.middle).assemble()
+    params = Emulator(frozen.shell, adapter, frozen.middle, frozen.inner_after).assemble()
     return summed_loss(config, params, batch, remat=remat)
 
 

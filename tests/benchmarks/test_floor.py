@@ -7,7 +7,7 @@ import pytest
 from benchmarks import floor, phases
 from benchmarks.floor import Cost
 from benchmarks.workloads import WORKLOADS
-from gradot_jax.compression.layer import gradot_terms
+from gradot_jax.compression.rule import gradot_terms
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.models.opt.params import get_block
 from gradot_jax.offsite.calibrate import attention_and_mlp

@@ -1,4 +1,3 @@
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +9,9 @@ from gradot_jax.compression.layer import (
     component_order,
     cut_attention,
     cut_mlp,
-    gradot_terms,
-    magnitude_terms,
     propose,
 )
+from gradot_jax.compression.rule import gradot_rule
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.nn.linear import Dense, LowRank, dense_kernel
 
@@ -46,41 +44,7 @@ def factors(seed=0):
 
 @pytest.fixture(scope="module")
 def candidate():
-    return propose(weights(), factors(), gradot_terms)
-
-
-def test_magnitude_is_singular_values_and_norms_of_channels(assert_close):
-    w = weights()
-    terms = propose(w, None, magnitude_terms).terms
-    kernels = np.asarray(w.attention.kernel, np.float64)
-    assert_close(terms.components.hessian, np.linalg.svd(kernels, compute_uv=False), "float32")
-    columns = np.concatenate([w.fc1.kernel, w.fc1.bias[None], w.fc2.kernel.T])
-    assert_close(terms.channels.hessian, np.linalg.norm(columns, axis=0), "float32")
-    assert not any(np.asarray(t.gradient).any() for t in terms)
-
-
-def test_magnitude_of_half_precision_does_not_overflow(assert_close):
-    big = jax.tree.map(lambda leaf: (1000 * leaf).astype(jnp.float16), weights())
-    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), big)
-    decomposition = propose(big, None, magnitude_terms).decomposition
-    got, expected = (magnitude_terms(w, decomposition, None) for w in (big, exact))
-    assert_close(got, expected, "float32")
-
-
-def test_gradot_without_factors_is_refused():
-    with pytest.raises(ValueError, match="needs Kronecker factors"):
-        propose(weights(), None, gradot_terms)
-
-
-def test_layers_of_equal_shape_are_scored_by_one_trace():
-    chex.clear_trace_counter()
-    scored = [
-        jax.jit(chex.assert_max_traces(terms.__wrapped__, n=1))
-        for terms in (gradot_terms, magnitude_terms)
-    ]
-    for terms in scored:
-        for seed in range(3):
-            propose(weights(seed), factors(seed), terms)
+    return propose(weights(), factors(), gradot_rule())
 
 
 def test_order_keeps_the_floor_of_every_site(candidate):
@@ -146,7 +110,7 @@ def test_refitted_mlp_is_nearer_to_the_original_on_its_activations(candidate):
 @pytest.mark.parametrize("compensation", ["none", "refit"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_half_precision(dtype, compensation):
-    candidate = propose(weights(dtype=dtype), factors(), gradot_terms)
+    candidate = propose(weights(dtype=dtype), factors(), gradot_rule())
     assert {leaf.dtype for leaf in jax.tree.leaves(candidate.terms)} == {jnp.dtype("float32")}
     cuts = [cut_attention(candidate, 0, np.arange(D), rank, compensation, 1e-4) for rank in (2, D)]
     mlp = cut_mlp(candidate, np.arange(F), 3, compensation, 1e-4)

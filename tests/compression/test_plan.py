@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from gradot_jax.compression.plan import LayerPlan, LayerShape, Plan
+from gradot_jax.compression.plan import HarmonizerPlan, HarmonizerShape, LayerPlan, LayerShape, Plan
 from gradot_jax.errors import InputError
 
 PLAN = Plan(
@@ -12,22 +12,26 @@ PLAN = Plan(
     mlp_budget=0.6,
     num_bottom=2,
     num_top=1,
+    inner=(5,),
     layers=(
         LayerPlan(layer=2, components=(("q_proj", (0, 3)), ("k_proj", None)), channels=(1, 4, 5)),
         LayerPlan(layer=4, components=(("q_proj", (1,)), ("k_proj", (0,))), channels=(0,)),
+        HarmonizerPlan(layer=6, rank=3),
     ),
+    layer_map=(0, 0, None, 1, 2),
 )
 
 
 def test_json_round_trip_gives_an_equal_plan_with_an_equal_hash():
     again = Plan.from_json(PLAN.to_json())
     assert again == PLAN and hash(again) == hash(PLAN) and again.shapes == PLAN.shapes
-    empty = dataclasses.replace(PLAN, layers=())
+    empty = dataclasses.replace(PLAN, layers=(), inner=(), layer_map=())
     assert Plan.from_json(empty.to_json()) == empty
 
 
 def test_shapes_count_and_do_not_name_what_was_kept():
-    first, second = PLAN.shapes
+    first, second, third = PLAN.shapes
+    assert third == HarmonizerShape(rank=3)
     assert first == LayerShape(ranks=(("q_proj", 2), ("k_proj", None)), num_channels=3)
     assert second == LayerShape(ranks=(("q_proj", 1), ("k_proj", 1)), num_channels=1)
 
@@ -55,6 +59,13 @@ def altered(change) -> str:
         altered(lambda v: v.update(attention_budget=0)),
         altered(lambda v: v.update(mlp_budget="0.5")),
         altered(lambda v: v["layers"].reverse()),
+        altered(lambda v: v.update(inner=[5, 4])),
+        altered(lambda v: v.update(inner=5)),
+        altered(lambda v: v.pop("layer_map")),
+        altered(lambda v: v.update(layer_map=[0, 3])),
+        altered(lambda v: v.update(layer_map=[0, "1"])),
+        altered(lambda v: v["layers"][2].update(rank=-1)),
+        altered(lambda v: v["layers"][2].update(extra=1)),
         altered(lambda v: v["layers"][0].update(extra=1)),
         altered(lambda v: v["layers"][0].update(layer="2")),
         altered(lambda v: v["layers"][0].update(components=[])),

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from gradot_jax.compression.rank import keep_order
-from gradot_jax.compression.score import ScoreTerms, channel_terms, combine, component_terms
+from gradot_jax.compression.score import (
+    ScoreTerms,
+    channel_terms,
+    combine,
+    component_terms,
+    quadratic_terms,
+    whitened_terms,
+)
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.nn.linear import Dense
@@ -62,6 +69,28 @@ def test_component_terms_equal_the_written_out_hessian(d_in, d_out, rank, tokens
         np.array([-(dw * delta).sum() for delta in removals]),
     )
     assert_close(component_terms(decomposition, f), expected, "float32")
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(1, 1, 1), (4, 6, 4), (6, 3, 3), (5, 5, 2)])
+@pytest.mark.parametrize("tokens", [TOKENS, 2])
+def test_quadratic_terms_equal_the_written_out_form(d_in, d_out, rank, tokens, assert_close):
+    f = factors(d_in, d_out, tokens=tokens)
+    decomposition = decompose(weights(d_in, d_out, rank))
+    u, s, v = (np.asarray(part, np.float64) for part in decomposition)
+    removals = [(-s[k] * np.outer(u[:, k], v[:, k])).reshape(-1) for k in range(len(s))]
+    terms = quadratic_terms(decomposition, f)
+    assert_close(terms.hessian, np.array([d @ hessian(f) @ d for d in removals]), "float32")
+    assert_close(terms.gradient, component_terms(decomposition, f).gradient, "float32")
+
+
+def test_quadratic_and_whitened_terms_agree_in_the_norm_of_the_factors(assert_close):
+    f, w = factors(5, 4), weights(5, 4)
+    roots = [np.linalg.cholesky(np.asarray(m, np.float64)) for m in (f[0], f[2])]
+    u, s, vt = np.linalg.svd(roots[0].T @ w @ roots[1], full_matrices=False)
+    left, right = np.linalg.solve(roots[0].T, u), np.linalg.solve(roots[1].T, vt.T)
+    decomposition = SVD(*(jnp.asarray(part, jnp.float32) for part in (left, s, right)))
+    expected = whitened_terms(decomposition, f)
+    assert_close(quadratic_terms(decomposition, f), expected, "float32_model")
 
 
 def channel_case(d, f, bias, dead=(), rank=None):
@@ -129,7 +158,8 @@ def test_permuting_channels_permutes_their_terms(assert_close):
 def test_signs_of_a_component_do_not_change_its_terms(assert_close):
     f, decomposition = factors(5, 4), decompose(weights(5, 4))
     flipped = decomposition._replace(left=-decomposition.left, right=-decomposition.right)
-    assert_close(component_terms(flipped, f), component_terms(decomposition, f), "float32")
+    for terms in (component_terms, quadratic_terms, whitened_terms):
+        assert_close(terms(flipped, f), terms(decomposition, f), "float32")
 
 
 def test_without_gradient_the_loss_term_is_zero():

@@ -7,12 +7,20 @@ from gradot_jax.data.examples import (
     choice_examples,
     epoch_batches,
     eval_batches,
+    line_examples,
     prompt_examples,
     take,
     text_examples,
     token_stream,
 )
-from gradot_jax.data.records import Choice, ChoiceRecords, Prompt, PromptRecords
+from gradot_jax.data.records import (
+    Choice,
+    ChoiceRecords,
+    Item,
+    ItemRecords,
+    Prompt,
+    PromptRecords,
+)
 from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 from gradot_jax.nn.batch import Batch
@@ -124,6 +132,48 @@ def test_choice_rows_are_the_prompts_of_each_choice_in_order(tokenizer):
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
     with pytest.raises(InputError, match=r"data\.jsonl record 2: its completion has 2 tokens"):
         choice_examples(tokenizer, ChoiceRecords(items, "data.jsonl"), BOS, 1)
+
+
+def test_items_are_taken_as_they_are(tokenizer):
+    pairs = [("the cat", "sat"), ("the cat", " on  "), ("a\n", "the dog")]
+    items = (Item("the cat", ("sat", " on  "), (0, 1)), Item("a\n", ("the dog",), (0,)))
+    got, cuts = choice_examples(tokenizer, ItemRecords(items, "items"), BOS, 64)
+    expected, _ = prompt_examples(tokenizer, prompts(*pairs), BOS, 64)
+    assert cuts == 0
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_prompt_without_bos_begins_with_its_own_first_token(tokenizer):
+    prompt, answer = (encode(tokenizer, text) for text in ("the cat sat", " on the mat"))
+    records = ItemRecords((Item("the cat sat", (" on the mat",), (0,)),), "items")
+    tokens = prompt + answer
+    for limit in (64, len(tokens) - 1, len(tokens) - 2, len(answer)):
+        examples, cuts = choice_examples(tokenizer, records, None, limit)
+        row = tokens[-(limit + 1) :]
+        used = len(row) - 1
+        assert cuts == (len(tokens) > limit + 1)
+        assert examples.input_ids[0, :used].tolist() == row[:-1]
+        assert examples.targets[0, :used].tolist() == row[1:]
+        assert examples.attention_mask.sum() == used
+        assert examples.loss_mask[0, :used].sum() == len(answer) == examples.loss_mask.sum()
+    with pytest.raises(InputError, match=rf"items record 1: its completion has {len(answer)} tok"):
+        choice_examples(tokenizer, records, None, len(answer) - 1)
+    empty = ItemRecords((Item("", (" on",), (0,)),), "items")
+    with pytest.raises(InputError, match="items record 1: no token precedes its completion"):
+        choice_examples(tokenizer, empty, None, 8)
+
+
+def test_windows_of_lines_stay_within_their_group(tokenizer):
+    lines = ["the cat sat on the mat", "", "the dog", "a", "the dog sat on the log"]
+    examples = line_examples(tokenizer, lines, 3, BOS, num_groups=2)
+    expected = []
+    for group in (lines[:3], lines[3:]):
+        stream = [token for line in group for token in (BOS, *encode(tokenizer, line))]
+        expected += [stream[i : i + 4] for i in range(0, len(stream) - 3, 4)]
+    assert examples.input_ids.tolist() == [row[:-1] for row in expected]
+    assert examples.targets.tolist() == [row[1:] for row in expected]
+    with pytest.raises(InputError, match="shorter than one sequence: it has 1 tokens"):
+        line_examples(tokenizer, ["", ""], 1, BOS, num_groups=3)
 
 
 def test_an_epoch_visits_distinct_examples_and_the_next_in_another_order():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gradot_jax.data.records import Choice, ChoiceRecords
+from gradot_jax.data.records import Choice, ChoiceRecords, Item, ItemRecords
 from gradot_jax.data.tokenizer import encode, load_tokenizer
 from gradot_jax.errors import InputError
-from gradot_jax.evaluation.multiple_choice import multiple_choice
+from gradot_jax.evaluation.multiple_choice import accepted_match, multiple_choice
 from gradot_jax.evaluation.scores import sequence_scores
 
 CHOICES = (("a", "bcd"), ("mat", "log", "dog x"), ("yes", "no"), ("</s>", "b"))
@@ -89,3 +89,60 @@ def test_evaluation_compiles_once(config, params, tokenizer):
     before = sequence_scores._cache_size()
     multiple_choice(config, params, tokenizer, records([0, 0, 0, 0]), batch_size=5)
     assert sequence_scores._cache_size() == before + 1
+
+
+def as_items(answers):
+    return ItemRecords(records(answers).items, "items")
+
+
+def test_verbatim_items_score_as_the_choices_they_spell_out(config, params, tokenizer):
+    answers = [1, 2, 0, 1]
+    expected = multiple_choice(config, params, tokenizer, records(answers), batch_size=9)
+    assert multiple_choice(config, params, tokenizer, as_items(answers), batch_size=9) == expected
+
+
+def test_any_accepted_continuation_is_right(config, params, tokenizer, likelihoods):
+    items = tuple(item._replace(accepted=(1, 0)) for item in as_items([0, 0, 0, 0]).records)
+    result = multiple_choice(config, params, tokenizer, ItemRecords(items, "i"), batch_size=9)
+    likeliest = [max(row[:2]) for row in likelihoods]
+    assert result.accuracy == np.mean([max(row) == max(row[:2]) for row in likelihoods])
+    np.testing.assert_allclose(result.log_likelihood, np.mean(likeliest), rtol=1e-6)
+
+
+def test_without_bos_the_prompt_begins_by_itself(config, params, tokenizer, log_probabilities):
+    def score(choice):
+        context = encode(tokenizer, "Question: q?\nAnswer:")
+        answer = encode(tokenizer, f" {choice}")
+        table = log_probabilities(np.array([(context + answer)[:-1]], np.int32), None)[0]
+        return sum(table[len(context) - 1 + i, token] for i, token in enumerate(answer))
+
+    answers = [0, 1, 0, 1]
+    result = multiple_choice(config, params, tokenizer, as_items(answers), batch_size=9, bos=False)
+    gold = [score(choices[answer]) for choices, answer in zip(CHOICES, answers, strict=True)]
+    np.testing.assert_allclose(result.log_likelihood, np.mean(gold), rtol=1e-6)
+
+
+def test_an_alias_that_greedy_decoding_gives_is_a_match(
+    config, params, tokenizer, log_probabilities
+):
+    characters = [chr(byte) for byte in range(33, 127)]
+
+    def after(prompt):
+        """Log-probability of each character; the vocabulary is of bytes."""
+        ids = np.array([[config.bos_token_id, *encode(tokenizer, prompt)]], np.int32)
+        table = log_probabilities(ids, None)[0, -1]
+        return table, {text: table[encode(tokenizer, text)[0]] for text in characters}
+
+    items, gold = [], []
+    for prompt in characters:
+        table, scores = after(prompt)
+        best, worst = max(scores, key=scores.get), min(scores, key=scores.get)
+        if scores[best] == table.max():
+            accepted = (0,) if len(items) % 2 else (0, 1)
+            items.append(Item(prompt, (worst, best), accepted))
+            gold.append(scores[best] if 1 in accepted else scores[worst])
+    records = ItemRecords(tuple(items), "items")
+    result = accepted_match(config, params, tokenizer, records, batch_size=32)
+    assert result.num_examples == len(items) >= 2
+    assert result.exact_match == sum(1 in item.accepted for item in items) / len(items)
+    np.testing.assert_allclose(result.log_likelihood, np.mean(gold), rtol=1e-6)

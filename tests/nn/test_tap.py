@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradot_jax.nn.tap import tap_input, tap_output, zero_input_tap, zero_output_tap
+from gradot_jax.nn.tap import (
+    tap_input,
+    tap_output,
+    tap_removal,
+    zero_input_tap,
+    zero_output_tap,
+    zero_removal_tap,
+)
 
 D_IN, D_OUT = 4, 3
 RNG = np.random.default_rng(0)
@@ -108,3 +115,54 @@ def test_half_precision_is_summed_in_float32(dtype, assert_close):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tap))
     expected = jax.tree.map(lambda leaf: np.full(leaf.shape, 5_000.0), tap)
     assert_close(tap, expected, "float32")
+
+
+def removal_tapped(w, x, tap, mask=None):
+    return jnp.dot(tap_removal(x, tap, mask), w)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "float32", None])
+def test_cotangent_of_a_removal_tap_is_the_gram_of_first_order_effects(dtype, assert_close):
+    mask = None if dtype is None else jnp.asarray(MASK, dtype)
+    weights = np.ones((2, 5)) if dtype is None else MASK
+    zero = zero_removal_tap(D_IN)
+    value, (dw, dx, gram) = pull(lambda w, x, t: removal_tapped(w, x, t, mask), G, W, X, zero)
+    expected = np.zeros((D_IN, D_IN))
+    for b, t in np.ndindex(2, 5):
+        # The gradient of this token's <g, x W> with respect to gates of 1 on its features.
+        effect = X[b, t].astype(np.float64) * (W.astype(np.float64) @ G[b, t])
+        expected += weights[b, t] * np.outer(effect, effect)
+    assert_close(gram, expected, "float32")
+    plain, (dx_plain, dw_plain) = pull(jnp.dot, G, X, W)
+    jax.tree.map(np.testing.assert_array_equal, (value, dw, dx), (plain, dw_plain, dx_plain))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_removal_taps_sum_over_steps_of_a_scan(remat, assert_close):
+    square = RNG.normal(size=(3, D_IN, D_IN)).astype(np.float32)
+    g = RNG.normal(size=X.shape).astype(np.float32)
+
+    def step(tap):
+        return lambda x, w: (jnp.tanh(removal_tapped(w, x, tap)), None)
+
+    def run(tap):
+        return jax.lax.scan(jax.checkpoint(step(tap)) if remat else step(tap), X, square)[0]
+
+    def unrolled(*taps):
+        x = X
+        for w, tap in zip(square, taps, strict=True):
+            x, _ = step(tap)(x, w)
+        return x
+
+    zero = zero_removal_tap(D_IN)
+    _, (summed,) = pull(run, g, zero)
+    _, per_layer = pull(unrolled, g, zero, zero, zero)
+    assert_close(summed, sum(per_layer), "float32_model")
+
+
+def test_small_effects_of_half_precision_are_not_rounded_to_zero(assert_close):
+    x, g = jnp.full((4, D_IN), 1e-4, jnp.float16), jnp.full((4, D_IN), 1e-4, jnp.float16)
+    _, (gram,) = pull(lambda t: tap_removal(x, t, None), g, zero_removal_tap(D_IN))
+    rows = np.asarray(x, np.float64) * np.asarray(g, np.float64)
+    assert gram.dtype == jnp.float32
+    assert_close(gram, rows.T @ rows, "float32")

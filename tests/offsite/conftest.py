@@ -88,7 +88,9 @@ def _plan() -> Plan:
         mlp_budget=0.4,
         num_bottom=1,
         num_top=1,
+        inner=(),
         layers=layers,
+        layer_map=tuple(range(len(layers))),
     )
 
 

@@ -193,7 +193,7 @@ def test_original_is_known_by_its_digest_though_the_emulator_was_cut_from_a_cast
 
 
 def test_split_altered_in_the_manifest_is_refused(case, folder):
-    edit_manifest(folder, split={"num_bottom": 0, "num_top": 2})
+    edit_manifest(folder, split={"num_bottom": 0, "num_top": 2, "inner": []})
     refused(folder, case.config, "adapter.safetensors", "layers.3", "layers.0")
 
 

@@ -63,8 +63,8 @@ def zero_shifts(params, batch):
     return {name: np.zeros((*lead, getattr(params.segments[0], name).shape[1])) for name in SITES}
 
 
-def captured_factors(config, params, batch):
-    """A, E[x] and G of the middle's sites, from captured arrays multiplied in float64."""
+def captured_tokens(config, params, batch):
+    """What enters each of the middle's sites and the cotangents of what leaves it, real tokens."""
 
     def loss(shifts):
         logits, captured = logits_with_shifts(config, params, batch, shifts)
@@ -74,13 +74,27 @@ def captured_factors(config, params, batch):
     shifts = zero_shifts(params, batch)
     cotangents, captured = jax.jit(jax.grad(loss, has_aux=True))(shifts)
     real = np.asarray(batch.attention_mask) > 0
-    factors = {}
-    for layer in range(params.num_layers - 2):
-        for name in SITES:
-            x = np.asarray(captured[name][layer + 1], np.float64)[real]
-            g = np.asarray(cotangents[name][layer + 1], np.float64)[real]
-            factors[layer, name] = (x.T @ x / len(x), x.mean(0), g.T @ g / len(x))
-    return factors
+    return {
+        (layer, name): tuple(
+            np.asarray(part[name][layer + 1], np.float64)[real] for part in (captured, cotangents)
+        )
+        for layer in range(params.num_layers - 2)
+        for name in SITES
+    }
+
+
+def captured_factors(config, params, batch):
+    """A, E[x] and G of the middle's sites, from captured arrays multiplied in float64."""
+    return {
+        site: (x.T @ x / len(x), x.mean(0), g.T @ g / len(x))
+        for site, (x, g) in captured_tokens(config, params, batch).items()
+    }
+
+
+def removal_fishers(config, params, batches, **options):
+    forward_pass = run_forward(config, params, SPEC, batches, **options)
+    sweep = sweep_middle(config, params, SPEC, forward_pass, with_removals=True)
+    return {layer: sites["fc2"].removal_fisher for layer, sites in sweep}
 
 
 def swept(config, params, batches, **options):
@@ -196,6 +210,39 @@ def test_a_token_without_target_counts_as_input_and_adds_no_gradient(
     partly = batch._replace(loss_mask=batch.loss_mask.at[:, 3:].set(0))
     got = without_gradient(swept(config, params, [partly], with_gradient=False))
     assert_close(got, captured_factors(config, params, partly), "float32_model")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("counted", [6, 4])
+def test_removal_fisher_equals_the_sum_over_tokens(
+    variant, counted, toy_model, batch, assert_close
+):
+    config, params = toy_model(**VARIANTS[variant])
+    alive = (jnp.arange(6) < counted).astype(jnp.float32)
+    partly = Batch(*batch[:2], *(field * alive[None] for field in batch[2:]))
+    expected = {}
+    for (layer, name), (x, g) in captured_tokens(config, params, partly).items():
+        if name == "fc2":
+            effects = x * (g @ np.asarray(params.segments[0].fc2.kernel[layer + 1], np.float64).T)
+            expected[layer] = sum(np.outer(row, row) for row in effects) / len(effects)
+    assert_close(removal_fishers(config, params, [partly]), expected, "float32_model")
+
+
+def test_removal_fisher_of_microbatches_and_of_eight_devices_is_that_of_one_batch(
+    toy_model, batch, assert_close
+):
+    config, params = toy_model()
+    whole = removal_fishers(config, params, [batch])
+    parts = [Batch(*(field[i : i + 2] for field in batch)) for i in range(0, 8, 2)]
+    assert_close(removal_fishers(config, params, parts), whole, "float32_model")
+    sharded = removal_fishers(config, params, [batch], mesh=make_mesh(data=8))
+    assert_close(sharded, whole, "float32_model")
+
+
+def test_removals_are_taken_only_when_asked_for(toy_model, factors):
+    _, params = toy_model()
+    assert zero_taps(get_block(params.segments[0], 0)).removals is None
+    assert all(site.removal_fisher is None for sites in factors.values() for site in sites.values())
 
 
 def test_sampled_fisher_is_the_fisher_of_the_softmax(toy_model, batch, assert_close):

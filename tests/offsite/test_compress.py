@@ -7,7 +7,11 @@ import pytest
 
 from gradot_jax.compression.budget import channel_pool, rank_pool, uniform_counts
 from gradot_jax.compression.layer_drop import kept_layers
-from gradot_jax.compression.options import CompressionOptions
+from gradot_jax.compression.options import (
+    CompressionOptions,
+    DistillationOptions,
+    ScaleOTOptions,
+)
 from gradot_jax.compression.plan import Plan
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.forward import forward
@@ -270,8 +274,12 @@ def test_budget_outside_zero_to_one_is_refused(name, value):
 @pytest.mark.parametrize(
     "option",
     [
-        {"method": "random"},
+        {"method": "best"},
         {"allocation": "local"},
+        {"adapter": "spread"},
+        {"attention_score": "l2"},
+        {"attention_basis": "eigh"},
+        {"channel_score": "l2"},
         {"fisher": "exact"},
         {"compensate_attention": "shift"},
         {"compensate_mlp": "bias"},
@@ -288,9 +296,35 @@ def test_option_out_of_range_is_refused_by_name(option):
         CompressionOptions(**option)
 
 
-def test_layer_drop_with_separate_budgets_is_refused(model):
-    with pytest.raises(InputError, match="give budget alone"):
-        run(model, [], method="layer-drop", mlp_budget=0.5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "layer-drop", "mlp_budget": 0.5},
+        {"method": "empty", "lambda_mlp": 0.1},
+        {"method": "magnitude", "channel_score": "token-fisher"},
+        {"method": "gradot", "adapter": "own"},
+        {"method": "crash", "scaleot": ScaleOTOptions(steps=3)},
+    ],
+)
+def test_option_that_a_method_does_not_read_is_refused(options):
+    name = list(options)[1]
+    with pytest.raises(InputError, match=f"{name} does nothing in the method"):
+        CompressionOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        (DistillationOptions, {"steps": 0}),
+        (DistillationOptions, {"kd_weight": -1.0}),
+        (ScaleOTOptions, {"harmonizer_rank": 0}),
+        (ScaleOTOptions, {"num_networks": 1}),
+        (ScaleOTOptions, {"rank_removed": 1.0}),
+    ],
+)
+def test_nested_option_out_of_range_is_refused_by_name(kind, option):
+    with pytest.raises(InputError, match=next(iter(option))):
+        kind(**option)
 
 
 def test_bias_shift_of_a_model_without_biases_is_refused(toy_model, batch):

@@ -9,7 +9,13 @@ from gradot_jax.nn.linear import LowRank
 from gradot_jax.offsite.plug_in import plug_in
 from gradot_jax.offsite.split import AdapterSpec, split_blocks
 
-SPECS = [AdapterSpec(1, 2), AdapterSpec(0, 2), AdapterSpec(3, 0)]
+SPECS = [
+    AdapterSpec(1, 2),
+    AdapterSpec(0, 2),
+    AdapterSpec(3, 0),
+    AdapterSpec(1, 1, (2,)),
+    AdapterSpec(0, 0, (0, 3)),
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -26,3 +26,24 @@ def test_split_with_nothing_to_train_is_refused(bottom, top):
 def test_split_without_a_middle_is_refused(bottom, top, toy_model):
     with pytest.raises(InputError, match="no middle in a model of 5 blocks"):
         split_blocks(toy_model()[1], AdapterSpec(bottom, top))
+
+
+@pytest.mark.parametrize(
+    ("layers", "spec"),
+    [
+        ((0, 1, 3, 4), AdapterSpec(2, 2)),
+        ((4, 2, 0), AdapterSpec(1, 1, (2,))),
+        ((1, 3), AdapterSpec(0, 0, (1, 3))),
+        ((0, 1, 2), AdapterSpec(3, 0)),
+    ],
+)
+def test_split_of_layers_trains_exactly_those(layers, spec):
+    assert AdapterSpec.of_layers(layers, 5) == spec
+    assert set(spec.layers(5)) == set(layers)
+    assert set(spec.middle_layers(5)) == set(range(5)) - set(layers)
+
+
+@pytest.mark.parametrize("inner", [(0,), (4,), (3, 2), (2, 2)])
+def test_inner_blocks_lie_between_the_ends_in_order(inner):
+    with pytest.raises(InputError, match="inner must be ascending layers in"):
+        AdapterSpec(1, 1, inner).check(5)

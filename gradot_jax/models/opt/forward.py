@@ -11,13 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Block, Params, Shell
+from gradot_jax.models.opt.params import Block, Layer, Params, Segment, Shared, Shell, get_block
 from gradot_jax.nn.attention import causal_attention
 from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.harmonizer import Harmonizer, harmonize
 from gradot_jax.nn.linear import linear
 from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.nn.norm import layer_norm
-from gradot_jax.nn.tap import InputMoments, tap_input, tap_output, zero_input_tap, zero_output_tap
+from gradot_jax.nn.tap import (
+    InputMoments,
+    tap_input,
+    tap_output,
+    tap_removal,
+    zero_input_tap,
+    zero_output_tap,
+    zero_removal_tap,
+)
 
 INPUT_OF_SITE = {
     "q_proj": "self_attn",
@@ -36,17 +45,20 @@ class BlockTaps(NamedTuple):
     Attributes:
         inputs: per tapped input, see `INPUT_OF_SITE`.
         outputs: per site.
+        removals: of the hidden channels, at fc2's input; None where not asked for.
     """
 
     inputs: dict[str, InputMoments]
     outputs: dict[str, jax.Array]
+    removals: jax.Array | None = None
 
 
-def zero_taps(block: Block) -> BlockTaps:
-    """Taps that fit a single dense block."""
+def zero_taps(block: Block, *, with_removals: bool = False) -> BlockTaps:
+    """Taps that fit a single dense block; those of removals only when asked for."""
     inputs = {name: zero_input_tap(getattr(block, s).shape[0]) for s, name in INPUT_OF_SITE.items()}
     outputs = {site: zero_output_tap(getattr(block, site).shape[1]) for site in INPUT_OF_SITE}
-    return BlockTaps(inputs, outputs)
+    removals = zero_removal_tap(block.fc2.shape[0]) if with_removals else None
+    return BlockTaps(inputs, outputs, removals)
 
 
 def embed(
@@ -105,6 +117,8 @@ def apply_block(
 
     x = layer_norm(block.final_layer_norm, hidden) if pre else hidden
     x = activation(apply("fc1", read("fc1", x)))
+    if taps is not None and taps.removals is not None:
+        x = tap_removal(x, taps.removals, mask)
     hidden = hidden + apply("fc2", read("fc2", x))
     return hidden if pre else layer_norm(block.final_layer_norm, hidden)
 
@@ -112,32 +126,50 @@ def apply_block(
 _gelu = partial(jax.nn.gelu, approximate=False)
 
 
+def apply_layer(
+    config: OPTConfig, layer: Layer, hidden: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """A decoder block, or what stands in its place, on the residual stream `[B, T, D]`."""
+    if isinstance(layer, Harmonizer):
+        return harmonize(layer, hidden)
+    return apply_block(config, layer, hidden, mask)
+
+
 def run_blocks(
     config: OPTConfig,
-    segments: tuple[Block, ...],
+    segments: tuple[Segment, ...],
     hidden: jax.Array,
     mask: jax.Array | None = None,
     *,
     remat: bool = False,
 ) -> jax.Array:
-    """All blocks in depth order, one `lax.scan` per segment; `[B, T, D]` in and out.
+    """All layers in depth order, one `lax.scan` per segment; `[B, T, D]` in and out.
 
     Args:
         config: the model's variant.
-        segments: stacks of blocks of equal shape.
+        segments: stacks of layers of equal shape, or shared blocks.
         hidden: `[B, T, D]`.
         mask: `[B, T]`, or None.
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def step(carry: jax.Array, block: Block) -> tuple[jax.Array, None]:
-        return apply_block(config, block, carry, mask), None
+    def step(carry: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+        return apply_layer(config, layer, carry, mask), None
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
-    for stack in segments:
-        hidden, _ = jax.lax.scan(step, hidden, stack)
+    for segment in segments:
+        if isinstance(segment, Shared):
+            order = jnp.asarray(segment.order, jnp.int32)
+            shared_step = partial(_shared_step, step, segment)
+            hidden, _ = jax.lax.scan(shared_step, hidden, order)
+        else:
+            hidden, _ = jax.lax.scan(step, hidden, segment)
     return hidden
+
+
+def _shared_step(step, segment: Shared, carry: jax.Array, index: jax.Array):
+    return step(carry, get_block(segment, index))
 
 
 def head(config: OPTConfig, shell: Shell, hidden: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.nn.harmonizer import Harmonizer
 from gradot_jax.nn.linear import Dense, Linear
 from gradot_jax.nn.norm import LayerNorm
 
@@ -42,6 +43,25 @@ class Block:
 
 
 @flax.struct.dataclass
+class Shared:
+    """Blocks that run more than once, stored once (CRaSh).
+
+    Attributes:
+        blocks: stack of the stored blocks.
+        order: index into the stack for each place at which a block runs, in depth order.
+    """
+
+    blocks: Block
+    order: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+Layer = Block | Harmonizer
+"""What can stand in the place of a layer; stacks of one kind have a leading axis."""
+
+Segment = Block | Harmonizer | Shared
+
+
+@flax.struct.dataclass
 class Shell:
     """Everything outside the blocks.
 
@@ -64,20 +84,25 @@ class Shell:
 
 @flax.struct.dataclass
 class Params:
-    """A whole model: its shell, and its blocks in depth order as stacks of equal shape."""
+    """A whole model: its shell, and its layers in depth order as stacks of equal shape."""
 
     shell: Shell
-    segments: tuple[Block, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def num_layers(self) -> int:
-        """Number of blocks over all segments."""
+        """Number of layers that run."""
         return sum(depth(segment) for segment in self.segments)
 
 
-def depth(stack: Block) -> int:
-    """Number of blocks in a stack."""
-    return jax.tree.leaves(stack)[0].shape[0]
+def depth(segment: Segment) -> int:
+    """Number of layers that run in a segment."""
+    return len(segment.order) if isinstance(segment, Shared) else num_stored(segment)
+
+
+def num_stored(segment: Segment) -> int:
+    """Number of layers stored in a segment."""
+    return jax.tree.leaves(segment)[0].shape[0]
 
 
 def slice_blocks(stack: Block, start: int, stop: int) -> Block:
@@ -85,39 +110,49 @@ def slice_blocks(stack: Block, start: int, stop: int) -> Block:
     return jax.tree.map(lambda leaf: leaf[start:stop], stack)
 
 
-def get_block(stack: Block, index: int) -> Block:
-    """One block of a stack, without the layer axis."""
-    return jax.tree.map(lambda leaf: leaf[index], stack)
+def take_blocks(stack: Block, indices: Sequence[int]) -> Block:
+    """The blocks of a stack at some indices, as a stack."""
+    return jax.tree.map(lambda leaf: leaf[np.asarray(indices, np.int32)], stack)
 
 
-def stack_blocks(blocks: Sequence[Block]) -> Block:
-    """Stacks blocks of equal shape along a new leading axis."""
+def get_block(stack: Segment, index: int) -> Layer:
+    """One stored layer of a segment, without the layer axis."""
+    stored = stack.blocks if isinstance(stack, Shared) else stack
+    return jax.tree.map(lambda leaf: leaf[index], stored)
+
+
+def stack_blocks(blocks: Sequence[Layer]) -> Layer:
+    """Stacks layers of equal shape along a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
 
 
-def concatenate_blocks(stacks: Sequence[Block]) -> Block:
+def concatenate_blocks(stacks: Sequence[Segment]) -> Block:
     """Joins stacks of equal block shape in depth order."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
 
 
-def unstack_blocks(segments: Sequence[Block]) -> list[Block]:
-    """The single blocks of a sequence of stacks, in depth order."""
-    return [get_block(stack, i) for stack in segments for i in range(depth(stack))]
+def unstack_blocks(segments: Sequence[Segment]) -> list[Layer]:
+    """The layers of a sequence of segments, single and in the order in which they run."""
+    return [
+        get_block(segment, index)
+        for segment in segments
+        for index in (segment.order if isinstance(segment, Shared) else range(depth(segment)))
+    ]
 
 
-def segment_blocks(blocks: Sequence[Block], *, pad: bool = False) -> tuple[Block, ...]:
-    """Stacks each run of consecutive blocks of equal shape.
+def segment_blocks(blocks: Sequence[Layer], *, pad: bool = False) -> tuple[Layer, ...]:
+    """Stacks each run of consecutive layers of equal shape.
 
     Args:
-        blocks: single blocks of one model, in depth order.
+        blocks: single layers of one model, in depth order.
         pad: stack blocks that differ in ranks and channels alone as well, filled up with zeros to
             the largest of their run: fewer scans to compile, the same function.
     """
 
-    def kind(block: Block) -> Block:
+    def kind(block: Layer) -> Layer:
         return jax.tree.map(lambda leaf: leaf.dtype if pad else (leaf.shape, leaf.dtype), block)
 
-    runs: list[list[Block]] = []
+    runs: list[list[Layer]] = []
     for block in blocks:
         if runs and kind(block) == kind(runs[-1][0]):
             runs[-1].append(block)
@@ -126,7 +161,7 @@ def segment_blocks(blocks: Sequence[Block], *, pad: bool = False) -> tuple[Block
     return tuple(stack_blocks(_pad_to_largest(run) if pad else run) for run in runs)
 
 
-def _pad_to_largest(run: list[Block]) -> list[Block]:
+def _pad_to_largest(run: list[Layer]) -> list[Layer]:
     # Ranks and channels are all that differs within a model, and zeros there add nothing.
     largest = jax.tree.map(lambda *leaves: np.max([leaf.shape for leaf in leaves], axis=0), *run)
 

@@ -1,0 +1,80 @@
+"""Finished parts of a comparison on disk: a run that is killed loses one of them.
+
+A cell is a JSON file named by a digest of its settings, so other settings are other cells.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradot_jax.errors import InputError
+from gradot_jax.evaluation.record import environment, write_result
+
+_NOT_IN_JSON = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+class CellStore:
+    """The cells of one folder.
+
+    Args:
+        folder: made when the first cell is written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, name: str, settings: Mapping[str, Any]) -> Path:
+        """File of a cell: a name for people, and a digest of the settings.
+
+        Args:
+            name: part of the file's name.
+            settings: JSON values, everything that the cell's result depends on.
+        """
+        canonical = json.dumps(settings, sort_keys=True).encode()
+        return self.folder / f"{name}-{hashlib.sha256(canonical).hexdigest()[:12]}.json"
+
+    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a cell is finished."""
+        return self.path(name, settings).is_file()
+
+    def get(
+        self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The result of a cell, computed and written if it is not there.
+
+        Args:
+            name: part of the file's name.
+            settings: see `path`.
+            compute: makes the result, of JSON values.
+
+        Raises:
+            InputError: when the file is no cell, or one of other settings.
+        """
+        path = self.path(name, settings)
+        if not path.is_file():
+            cell = {"settings": settings, "environment": environment(), "result": compute()}
+            write_result(path, cell)
+        # Read back, so that a first run and a resumed one go on with the same numbers.
+        return _restored(self._read(path, settings))
+
+    def _read(self, path: Path, settings: Mapping[str, Any]) -> Any:
+        try:
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            stored, result = cell["settings"], cell["result"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a cell of a comparison ({error}); remove it") from None
+        if stored != json.loads(json.dumps(settings)):
+            raise InputError(
+                f"{path}: holds a cell of other settings than its name says; remove it"
+            )
+        return result
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return _NOT_IN_JSON.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,178 @@
+"""One emulator on one task: its zero-shot metrics, its learning rate, its fine-tuning runs."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradot_jax.comparison.cells import CellStore
+from gradot_jax.comparison.task import Task
+from gradot_jax.comparison.testbed import Testbed
+from gradot_jax.comparison.tuning import tune
+from gradot_jax.comparison.variants import REFERENCES, Subject
+from gradot_jax.offsite.checkpoint import tree_digest
+from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.finetune import DivergenceError
+from gradot_jax.offsite.plug_in import plug_in
+from gradot_jax.offsite.split import Adapter
+
+
+class Tuned(NamedTuple):
+    """A finished fine-tuning.
+
+    Attributes:
+        adapter: the best by development loss.
+        loss: that loss, nats per counted target.
+        seconds: of the tuning.
+    """
+
+    adapter: Adapter
+    loss: float
+    seconds: float
+
+
+class Job(NamedTuple):
+    """An emulator, or the full model as one, and a task.
+
+    Attributes:
+        bed: the testbed.
+        store: of the cells.
+        curves: folder of the histories of the runs.
+        subject: what made the emulator.
+        task: one of the testbed's.
+        origin: settings that the emulator depends on.
+        emulator: loads or makes it; not called where every cell is there.
+    """
+
+    bed: Testbed
+    store: CellStore
+    curves: Path
+    subject: Subject
+    task: Task
+    origin: Mapping[str, Any]
+    emulator: Callable[[], Emulator]
+
+    @property
+    def name(self) -> str:
+        """For files and logs."""
+        return f"{self.subject.label}-{self.task.name}"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is the full model that is tuned."""
+        return self.subject.method in REFERENCES
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its fine-tuning runs depend on, but for seed and rate."""
+        return {
+            "method": self.subject.method,
+            "origin": self.origin,
+            "split": dataclasses.asdict(self.bed.split),
+            "task": task_identity(self.task),
+            "compute_dtype": self.bed.compute_dtype,
+        }
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """JSON values that tell a task from any other."""
+    return {
+        "name": task.name,
+        "metric": task.metric,
+        "tuning": dataclasses.asdict(task.tuning),
+        "train": tree_digest(task.train),
+        "development": tree_digest(task.development),
+        "test": task.test_digest,
+    }
+
+
+def zero_shot(job: Job) -> dict[str, float]:
+    """Metrics of the emulator as it was shipped."""
+    settings = {
+        "cell": "zero-shot",
+        "method": job.subject.method,
+        "origin": job.origin,
+        "metric": job.task.metric,
+        "test": job.task.test_digest,
+        "compute_dtype": job.bed.compute_dtype,
+    }
+    return job.store.get(
+        f"zero-shot-{job.name}",
+        settings,
+        lambda: job.bed.measure(job.task, job.emulator().assemble()),
+    )
+
+
+def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[float, Tuned | None]:
+    """The factor on the learning rate of least development loss through the emulator.
+
+    Args:
+        job: what to tune.
+        seed: of the trials.
+        rates: factors to try; a single one is not tried.
+
+    Returns:
+        The factor, and the run with it where it was just made.
+    """
+    if len(rates) == 1:
+        return rates[0], None
+    losses: dict[float, float] = {}
+    made: dict[float, Tuned] = {}
+
+    def trial(factor: float) -> dict[str, Any]:
+        try:
+            made[factor] = _tune(job, seed, factor)
+        except DivergenceError as error:
+            return {"development_loss": math.inf, "diverged": str(error)}
+        return {"development_loss": made[factor].loss, "seconds": made[factor].seconds}
+
+    for factor in rates:
+        settings = {"cell": "trial", **job.settings, "seed": seed, "factor": factor}
+        name = f"trial-{job.name}-seed{seed}-x{factor:g}"
+        cell = job.store.get(name, settings, lambda f=factor: trial(f))
+        losses[factor] = cell["development_loss"]
+    best = min(losses, key=lambda factor: (losses[factor], factor))
+    return best, made.get(best)
+
+
+def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) -> dict[str, Any]:
+    """Metrics after one fine-tuning.
+
+    Args:
+        job: what to tune.
+        seed: of the order of examples.
+        factor: on the task's learning rate.
+        tuned: the run itself, where it was made already.
+
+    Returns:
+        `development_loss`, `seconds`, and metrics by name: `full_finetuned` of a reference, else
+        `emulator_finetuned` and `plug_in`. A run that diverges has `nan` for its metric.
+    """
+    settings = {"cell": "run", **job.settings, "seed": seed, "factor": factor}
+    return job.store.get(
+        f"run-{job.name}-seed{seed}", settings, lambda: _measure_tuned(job, seed, factor, tuned)
+    )
+
+
+def _measure_tuned(job: Job, seed: int, factor: float, tuned: Tuned | None) -> dict[str, Any]:
+    names = ("full_finetuned",) if job.is_reference else ("emulator_finetuned", "plug_in")
+    try:
+        tuned = tuned or _tune(job, seed, factor)
+    except DivergenceError as error:
+        lost = {name: {job.task.metric: math.nan} for name in names}
+        return {"development_loss": math.inf, "seconds": None, "diverged": str(error)} | lost
+    models = [job.emulator().assemble(tuned.adapter)]
+    if not job.is_reference:
+        models.append(plug_in(job.bed.params, tuned.adapter))
+    measured = [job.bed.measure(job.task, model) for model in models]
+    values = dict(zip(names, measured, strict=True))
+    return {"development_loss": tuned.loss, "seconds": tuned.seconds, **values}
+
+
+def _tune(job: Job, seed: int, factor: float) -> Tuned:
+    began = time.perf_counter()
+    curve = job.curves / f"{job.name}-seed{seed}-x{factor:g}.jsonl"
+    adapter, loss = tune(job.bed, job.emulator(), job.task, seed=seed, factor=factor, curve=curve)
+    return Tuned(adapter, loss, time.perf_counter() - began)

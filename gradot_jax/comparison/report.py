@@ -1,0 +1,188 @@
+"""The report of a comparison: `result.json`, Markdown tables and plots."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradot_jax.comparison.plots import draw_gradient_error, draw_kept, draw_utility_privacy
+from gradot_jax.comparison.statistics import Estimate, Interval
+from gradot_jax.comparison.summary import (
+    PAIRED,
+    QUANTITIES,
+    paired_differences,
+    select,
+    summarise,
+    summarise_compressions,
+)
+from gradot_jax.comparison.validity import validity
+from gradot_jax.comparison.variants import BASELINE
+from gradot_jax.evaluation.record import write_result
+
+NOT_RUN = "not run"
+
+
+def write_tables(
+    out: Path, result: Mapping[str, Any], published: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Writes `result.json` and `table.md`.
+
+    Args:
+        out: the folder.
+        result: of a comparison.
+        published: rows as `summarise` makes them, to show below ours.
+    """
+    derived = {
+        "summary": summarise(result),
+        "paired": paired_differences(result),
+        "validity": validity(result),
+    }
+    named = {
+        "summary": [_spelled(row) for row in derived["summary"]],
+        "paired": [_spelled(row) for row in derived["paired"]],
+        "validity": derived["validity"],
+    }
+    write_result(out / "result.json", {**result, **named})
+    (out / "table.md").write_text(report(result, published), encoding="utf-8")
+
+
+def write_plots(out: Path, result: Mapping[str, Any]) -> None:
+    """Writes `utility_privacy.png`, `gradient_error.png` and `kept.png`, those that have data."""
+    for name, draw in (
+        ("utility_privacy", draw_utility_privacy),
+        ("gradient_error", draw_gradient_error),
+        ("kept", draw_kept),
+    ):
+        draw(out / f"{name}.png", result)
+
+
+def report(result: Mapping[str, Any], published: Sequence[Mapping[str, Any]] = ()) -> str:
+    """All tables as Markdown."""
+    summary = summarise(result)
+    parts = []
+    for name, task in result["tasks"].items():
+        better = "higher" if task["higher_is_better"] else "lower"
+        rows = select([*summary, *published], task=name)
+        parts.append(f"**{task['label']}** ({better} is better)\n\n{task_table(rows)}")
+    parts.append(f"**compression**\n\n{compression_table(result)}")
+    if pairs := paired_differences(result):
+        parts.append(
+            f"**against {BASELINE}**, at equal budget, seed and draw (95 % interval; positive is "
+            f"better, for Delta larger)\n\n{paired_table(pairs)}"
+        )
+    if checks := validity(result):
+        parts.append(validity_lines(checks))
+    failed = [f"{label} was not run: {why}" for label, why in result["failures"].items()]
+    return "\n\n".join([*parts, *failed]) + "\n"
+
+
+def task_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The five quantities and Delta, mean and standard error; a row that has none is not run."""
+    titles = ["method", "budget", "rate", *(q.replace("_", " ") for q in QUANTITIES), "runs"]
+    cells = []
+    for row in rows:
+        values = [_estimate(row[q], 1) for q in QUANTITIES]
+        if not row["runs"]:
+            values = [NOT_RUN] * len(QUANTITIES)
+        rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:.2g}"
+        cells.append([row["method"], _budget(row["budget"]), rate, *values, str(row["runs"])])
+    return markdown(titles, cells)
+
+
+def compression_table(result: Mapping[str, Any]) -> str:
+    """What each compression ships, how true its gradient is and what it cost."""
+    columns: dict[str, tuple[str, Callable[[Estimate | None], str]]] = {
+        "share_shipped": ("shipped", _percent),
+        "share_verbatim": ("verbatim", _percent),
+        "gradient_cosine": ("grad. cosine", lambda e: _estimate(e, 3)),
+        "gradient_relative_error": ("grad. rel. error", lambda e: _estimate(e, 3)),
+        "gradient_norm_ratio": ("norm ratio", lambda e: _estimate(e, 2)),
+        "loss_gap": ("loss gap, nats", lambda e: _estimate(e, 3)),
+        "seconds": ("seconds", lambda e: _estimate(e, 1)),
+        "added_host_bytes": ("host memory added, MiB", _mebibytes),
+    }
+    titles = ["method", "budget", *(title for title, _ in columns.values())]
+    cells = [
+        [row["method"], _budget(row["budget"]), *(f(row[c]) for c, (_, f) in columns.items())]
+        for row in summarise_compressions(result)
+    ]
+    return markdown(titles, cells)
+
+
+def paired_table(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Differences from the baseline with their intervals."""
+    titles = ["task", "method", "budget", *(q.replace("_", " ") for q in PAIRED), "pairs"]
+    cells = [
+        [p["task"], p["method"], _budget(p["budget"])]
+        + [_interval(p[q]) for q in PAIRED]
+        + [str(p["plug_in"].count)]
+        for p in pairs
+    ]
+    return markdown(titles, cells)
+
+
+def validity_lines(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """V1 to V3 of each task, one line each."""
+    lines = []
+    for task, check in checks.items():
+        for name in ("V1", "V2"):
+            verdict = "holds" if check[name]["holds"] else "FAILS"
+            figures = f"{check[name]['got']:.3g}, needs {check[name]['threshold']:g}"
+            lines.append(f"- {task}: {name} {verdict} ({figures})")
+        v3 = check["V3"]
+        notes = [
+            f"{label}: {', '.join(v3[key])}"
+            for key, label in (
+                ("delta_not_positive", "Delta not positive"),
+                ("level_with_gradot", f"level with {BASELINE}"),
+            )
+            if v3[key]
+        ]
+        notes += [] if v3["noise_tested"] else ["noise not tested: one seed"]
+        verdict = "holds" if v3["holds"] else "FAILS"
+        lines.append(f"- {task}: V3 {verdict}" + (f" ({'; '.join(notes)})" if notes else ""))
+    return "\n".join(lines)
+
+
+def markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns of even width."""
+    rows = [list(titles), *map(list, cells)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _estimate(value: Estimate | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    if not math.isfinite(value.mean):
+        return "diverged"
+    shown = f"{value.mean:.{digits}f}"
+    return shown if value.error is None else f"{shown} ± {value.error:.{digits}f}"
+
+
+def _interval(value: Interval) -> str:
+    shown = f"{value.mean:+.2f}"
+    return shown if value.low is None else f"{shown} [{value.low:+.2f}, {value.high:+.2f}]"
+
+
+def _percent(value: Estimate | None) -> str:
+    return "-" if value is None else f"{100 * value.mean:.1f} %"
+
+
+def _mebibytes(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.mean / 2**20:.0f}"
+
+
+def _budget(budget: float | None) -> str:
+    return "-" if budget is None else f"{budget:g}"
+
+
+def _spelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value._asdict() if isinstance(value, Estimate | Interval) else value
+        for name, value in row.items()
+    }

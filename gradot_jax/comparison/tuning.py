@@ -1,0 +1,124 @@
+"""Fine-tuning runs that differ in seed, rate and weights, and share their compiled step."""
+
+import functools
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradot_jax.comparison.task import FineTuning, Task
+from gradot_jax.comparison.testbed import Testbed
+from gradot_jax.data.examples import epoch_batches, eval_batches
+from gradot_jax.models.opt.params import (
+    Params,
+    Shared,
+    concatenate_blocks,
+    segment_blocks,
+    slice_blocks,
+    unstack_blocks,
+)
+from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.finetune import finetune_adapter
+from gradot_jax.offsite.optimizer import make_optimizer
+from gradot_jax.offsite.split import Adapter
+
+
+class RatedOptimizer(optax.GradientTransformation):
+    """An optimiser whose rate is part of its state.
+
+    Only `update` enters a compiled step, so those that share it are equal whatever their rate.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RatedOptimizer) and self.update is other.update
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.update)
+
+
+def rated_optimizer(tuning: FineTuning, factor: float) -> RatedOptimizer:
+    """AdamW at `factor` times the learning rate of some settings.
+
+    Args:
+        tuning: settings; equal ones share compiled steps.
+        factor: on the whole schedule.
+    """
+    base = _optimizer(tuning)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return optax.tree.set(base.init(params), step_size=jnp.asarray(factor, jnp.float32))
+
+    return RatedOptimizer(init, base.update)
+
+
+@functools.cache
+def _optimizer(tuning: FineTuning) -> optax.GradientTransformation:
+    adam = make_optimizer(
+        learning_rate=tuning.learning_rate,
+        num_steps=tuning.steps,
+        warmup_steps=tuning.warmup,
+        weight_decay=tuning.weight_decay,
+        betas=(tuning.b1, tuning.b2),
+        clip_norm=tuning.clip_norm,
+    )
+    return optax.chain(adam, optax.inject_hyperparams(optax.scale)(step_size=1.0))
+
+
+def tune(
+    bed: Testbed, emulator: Emulator, task: Task, *, seed: int, factor: float, curve: Path
+) -> tuple[Adapter, float]:
+    """Tunes the adapter of an emulator on a task.
+
+    Args:
+        bed: the testbed.
+        emulator: the model.
+        task: one of the testbed's.
+        seed: of the order of examples.
+        factor: on the task's learning rate.
+        curve: file to write the history to.
+
+    Returns:
+        The best adapter by development loss, and that loss in nats per counted target.
+
+    Raises:
+        DivergenceError: when a loss or gradient is not finite.
+    """
+    tuning = task.tuning
+    adapter = finetune_adapter(
+        bed.config,
+        emulator,
+        lambda step: epoch_batches(task.train, tuning.batch_size, seed=seed, start_step=step),
+        rated_optimizer(tuning, factor),
+        num_steps=tuning.steps,
+        validation_batches=list(eval_batches(task.development, task.evaluation_batch)),
+        evaluate_every=max(tuning.steps // 2, 1),
+        compute_dtype=bed.compute_dtype,
+        metrics_path=curve,
+    )
+    records = map(json.loads, curve.read_text(encoding="utf-8").splitlines())
+    return adapter, min(r["validation_loss"] for r in records if "validation_loss" in r)
+
+
+def few_scans(emulator: Emulator) -> Emulator:
+    """The same function in fewer segments, filled up with zeros: less to compile."""
+    middle, ends = [], []
+    for start, stop in pairwise((0, *emulator.inner_after, len(emulator.middle))):
+        gap = emulator.middle[start:stop]
+        shares = any(isinstance(segment, Shared) for segment in gap)
+        middle += gap if shares else segment_blocks(unstack_blocks(gap), pad=True)
+        ends.append(len(middle))
+    return emulator.replace(middle=tuple(middle), inner_after=tuple(ends[:-1]))
+
+
+def all_blocks(params: Params) -> Emulator:
+    """The full model with every block in the adapter, to train all of them."""
+    blocks = concatenate_blocks(params.segments)
+    count = params.num_layers
+    adapter = Adapter(bottom=blocks, top=slice_blocks(blocks, count, count))
+    return Emulator(params.shell, jax.tree.map(jnp.asarray, adapter), ())

@@ -1,0 +1,333 @@
+"""The downstream data of the offsite-tuning papers: eight question sets and WikiText-2.
+
+A task is read in one of two presets.
+
+`paper` is the text of offsite-tuning's code (arXiv 2302.04870), which its successors share.
+Answers follow the prompt without a space in seven of the eight, nothing ends them, blocks are as
+long as there; results are measured as lm-eval 0.3.0 does: a space before every answer, no
+`bos_token_id`. PIQA and HellaSwag choose and report on one split, WikiText-2 too.
+
+`corrected` trains on what is measured: lm-eval 0.4's prompt, a space before every answer and
+`eos_token_id` after it, `bos_token_id` before every prompt. No split both chooses and reports:
+PIQA and HellaSwag, whose test answers are secret, choose on the first 5 % of their training rows.
+
+Two deviations from both. A prompt that is too long loses its beginning, where their code cuts
+the answer off and has nothing left to learn. Of the aliases of a WebQs answer all are tried,
+where lm-eval leaves out those that begin with another.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from gradot_jax.data import questions
+from gradot_jax.data.questions import Part, Preset, Question, Row
+from gradot_jax.data.records import (
+    Item,
+    ItemRecords,
+    Prompt,
+    PromptRecords,
+    TextRecords,
+    load_table,
+)
+from gradot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gradot_jax.nn.batch import Batch
+
+Metric = Literal["accuracy", "exact_match", "perplexity"]
+
+_PROCESSES = 88
+"""Processes by which the published runs prepared WikiText-2."""
+
+
+class Splits(NamedTuple):
+    """Splits of a data set, or slices of them, as `datasets` spells them."""
+
+    train: str
+    validation: str
+    report: str
+
+
+_OWN = Splits("train", "validation", "test")
+_HELD_OUT = Splits("train[5%:]", "train[:5%]", "test")
+_NO_TEST = Splits("train", "validation", "validation")
+_NO_TEST_HELD_OUT = Splits("train[5%:]", "train[:5%]", "validation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskDescription:
+    """Where a task's data is and how it is read.
+
+    Attributes:
+        hub_id: name on the Hugging Face hub.
+        config: of the data set; None for its only one.
+        columns: that are read.
+        read: questions, or documents, of the rows of one part.
+        paper: splits in that preset.
+        corrected: splits in that preset.
+        metric: that is published.
+        space: whether the paper's code puts a space before the answers it trains on.
+        paper_length: T of its longest examples; its blocks have one token more.
+        corrected_length: T of ours.
+    """
+
+    hub_id: str
+    config: str | None = None
+    columns: tuple[str, ...]
+    read: Callable[[Iterable[Row], Preset, Part], Iterator[Question | str]]
+    paper: Splits = _OWN
+    corrected: Splits = _OWN
+    metric: Metric = "accuracy"
+    space: bool = False
+    paper_length: int = 1023
+    corrected_length: int = 1024
+
+
+def _arc(config: str) -> TaskDescription:
+    return TaskDescription(
+        hub_id="allenai/ai2_arc",
+        config=config,
+        columns=("question", "choices", "answerKey"),
+        read=questions.arc,
+    )
+
+
+TASKS: Mapping[str, TaskDescription] = {
+    "openbookqa": TaskDescription(
+        hub_id="allenai/openbookqa",
+        config="main",
+        columns=("question_stem", "choices", "answerKey"),
+        read=questions.openbookqa,
+    ),
+    "piqa": TaskDescription(
+        hub_id="baber/piqa",
+        columns=("goal", "sol1", "sol2", "label"),
+        read=questions.piqa,
+        paper=_NO_TEST,
+        corrected=_NO_TEST_HELD_OUT,
+    ),
+    "arc-easy": _arc("ARC-Easy"),
+    "arc-challenge": _arc("ARC-Challenge"),
+    "hellaswag": TaskDescription(
+        hub_id="Rowan/hellaswag",
+        columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        read=questions.hellaswag,
+        paper=_NO_TEST,
+        corrected=_NO_TEST_HELD_OUT,
+    ),
+    "sciq": TaskDescription(
+        hub_id="allenai/sciq",
+        columns=(
+            "support",
+            "question",
+            "distractor1",
+            "distractor2",
+            "distractor3",
+            "correct_answer",
+        ),
+        read=questions.sciq,
+    ),
+    "webqs": TaskDescription(
+        hub_id="stanfordnlp/web_questions",
+        columns=("question", "answers"),
+        read=questions.webqs,
+        paper=_HELD_OUT,
+        corrected=_HELD_OUT,
+        metric="exact_match",
+        space=True,
+    ),
+    # lm-eval's own copy, EleutherAI/race, has the test split alone.
+    "race": TaskDescription(
+        hub_id="ehovy/race",
+        config="high",
+        columns=("article", "question", "options", "answer"),
+        read=questions.race,
+        paper_length=599,
+    ),
+    "wikitext-2": TaskDescription(
+        hub_id="Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        columns=("text",),
+        read=questions.wikitext,
+        paper=_NO_TEST,
+        metric="perplexity",
+        paper_length=511,
+        corrected_length=512,
+    ),
+}
+"""Every task by name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QATask:
+    """A task ready to be tokenised.
+
+    Attributes:
+        name: of the task.
+        preset: text that was asked for.
+        splits: where the parts come from.
+        train: to fine-tune on.
+        validation: to choose by.
+        report: to measure on.
+        metric: to report.
+        length: T of the examples at most.
+        append_eos: whether the answers of `train` and `validation` end in `eos_token_id`.
+        report_bos: whether a prompt of `report` begins with `bos_token_id`.
+        num_left_out: rows of `train` and `validation` without an answer to learn.
+    """
+
+    name: str
+    preset: Preset
+    splits: Splits
+    train: PromptRecords | TextRecords
+    validation: PromptRecords | TextRecords
+    report: ItemRecords | TextRecords
+    metric: Metric
+    length: int
+    append_eos: bool
+    report_bos: bool
+    num_left_out: int
+
+
+def load_task(
+    name: str, *, preset: Preset, data: str | Path | None = None, limit: int | None = None
+) -> QATask:
+    """Loads a task from the Hugging Face hub, or from a copy of its data.
+
+    Args:
+        name: a key of `TASKS`.
+        preset: which text.
+        data: folder in the hub's layout instead, for one configuration or a copy of all.
+        limit: most records of each part; None for all.
+
+    Raises:
+        InputError: for an unknown name or preset, data that cannot be read, a column that is
+            missing, or a row that is malformed.
+    """
+    _check_choice("task", name, tuple(TASKS))
+    _check_choice("preset", preset, get_args(Preset))
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    task, paper = TASKS[name], preset == "paper"
+    splits = task.paper if paper else task.corrected
+    read = functools.partial(_read, name, data, preset, limit)
+    space = "" if paper and not task.space else " "
+    train, dropped = _to_learn(*read("train", splits.train), space)
+    validation, dropped_too = _to_learn(*read("validation", splits.validation), space)
+    return QATask(
+        name=name,
+        preset=preset,
+        splits=splits,
+        train=train,
+        validation=validation,
+        report=_to_report(*read("report", splits.report)),
+        metric=task.metric,
+        length=task.paper_length if paper else task.corrected_length,
+        append_eos=not paper and isinstance(train, PromptRecords),
+        report_bos=not paper,
+        num_left_out=dropped + dropped_too,
+    )
+
+
+def task_examples(
+    task: QATask,
+    records: PromptRecords | TextRecords,
+    tokenizer,
+    *,
+    bos_id: int,
+    eos_id: int,
+    longest: int,
+) -> tuple["Batch", int]:
+    """Examples of one of a task's parts; see `multiple_choice` for questions to report on.
+
+    Args:
+        task: the task.
+        records: of one of its parts.
+        tokenizer: see `load_tokenizer`.
+        bos_id: of the model.
+        eos_id: of the model.
+        longest: largest T that the model takes.
+
+    Returns:
+        Examples `[N, T]`, and how many prompts lost their beginning.
+
+    Raises:
+        InputError: when an answer does not fit, or text does not fill one window.
+    """
+    # They load jax.
+    from gradot_jax.data.examples import line_examples, prompt_examples, text_examples
+
+    length = min(task.length, longest)
+    if isinstance(records, PromptRecords):
+        end = eos_id if task.append_eos else None
+        return prompt_examples(tokenizer, records, bos_id, length, eos_id=end)
+    if task.preset == "paper":
+        texts = records.records
+        return line_examples(tokenizer, texts, length, bos_id, num_groups=_PROCESSES), 0
+    return text_examples(tokenizer, records.records, length, bos_id), 0
+
+
+def _check_choice(what: str, got: str, known: tuple[str, ...]) -> None:
+    if got not in known:
+        raise InputError(f"unknown {what} {got!r}, expected one of: {', '.join(known)}")
+
+
+def _read(
+    name: str, data: str | Path | None, preset: Preset, limit: int | None, part: Part, split: str
+) -> tuple[tuple, str]:
+    """Questions or documents of one part, and its label."""
+    task, label = TASKS[name], f"{name} {split}"
+    path, config = (task.hub_id, task.config) if data is None else _folder(data, task.config)
+    hint = f"a local folder laid out as {task.hub_id} needs no network"
+    table = load_table(path, config, split, where=label, hint=hint)
+    missing = [column for column in task.columns if column not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{label}: has no column {', '.join(missing)}; got the columns "
+            f"{', '.join(table.column_names)}"
+        )
+    table = table.select_columns(list(task.columns))
+    rows = (Row(f"{label} row {i}", dict(values)) for i, values in enumerate(table, start=1))
+    read = tuple(itertools.islice(task.read(rows, preset, part), limit))
+    if not read:
+        raise InputError(f"{label}: empty, expected at least one row")
+    return read, label
+
+
+def _folder(data: str | Path, config: str | None) -> tuple[str, str | None]:
+    """The folder of one configuration, or a copy of the whole data set and its configuration."""
+    import datasets
+
+    folder = Path(data)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected one with the data of a task")
+    if config is None or config in datasets.get_dataset_config_names(str(folder)):
+        return str(folder), config
+    return str(folder / config if (folder / config).is_dir() else folder), None
+
+
+def _to_learn(
+    read: tuple, label: str, space: str
+) -> tuple[PromptRecords, int] | tuple[TextRecords, int]:
+    """Records to train on, and how many questions have an empty answer."""
+    if isinstance(read[0], str):
+        return TextRecords(read, label), 0
+    pairs = [(question.prompt, question.choices[question.accepted[0]]) for question in read]
+    records = tuple(Prompt(prompt, space + answer) for prompt, answer in pairs if answer)
+    if not records:
+        raise InputError(f"{label}: every answer is empty, there is nothing to learn")
+    return PromptRecords(records, label), len(pairs) - len(records)
+
+
+def _to_report(read: tuple, label: str) -> ItemRecords | TextRecords:
+    if isinstance(read[0], str):
+        return TextRecords(read, label)
+    items = (
+        Item(question.prompt, tuple(f" {text}" for text in question.choices), question.accepted)
+        for question in read
+    )
+    return ItemRecords(tuple(items), label)

@@ -1,0 +1,9 @@
+"""`empty`: no middle at all, the floor against which every method is judged."""
+
+from gradot_jax.offsite.method import Outcome, Problem
+
+
+def compress(problem: Problem) -> Outcome:
+    """Keeps nothing, whatever the budget."""
+    del problem
+    return Outcome([], [])

@@ -1,0 +1,110 @@
+import math
+
+import pytest
+
+from gradot_jax.comparison.report import report
+from gradot_jax.comparison.summary import paired_differences, select, summarise
+from gradot_jax.comparison.validity import validity
+
+TASK = {"label": "toy", "metric": "score", "higher_is_better": True}
+
+
+def make_result(rows, *, higher=True, subjects=(), compressions=(), gain=5, loss=5):
+    task = {**TASK, "higher_is_better": higher, "validity": {"gain": gain, "loss": loss}}
+    keys = [{k: row[k] for k in ("method", "budget", "draw")} for row in rows]
+    return {
+        "tasks": {"toy": task},
+        "subjects": [*keys, *subjects],
+        "rows": rows,
+        "compressions": list(compressions),
+        "failures": {},
+    }
+
+
+def row(method, plug_in, *, seed=0, draw=0, budget=0.3, emulator=10.0, full=50.0, zero=20.0):
+    values = {
+        "zero_shot": zero,
+        "full_finetuned": full,
+        "emulator_zero_shot": 5.0 + (draw or 0),
+        "emulator_finetuned": emulator,
+        "plug_in": plug_in,
+        "delta": plug_in - emulator,
+    }
+    row = {"task": "toy", "method": method, "budget": budget, "seed": seed, "draw": draw}
+    return row | {"learning_rate": 1e-3} | {name: {"score": v} for name, v in values.items()}
+
+
+def test_means_are_over_runs_and_repeated_measurements_count_once():
+    rows = [row("gradot", 40.0 + s + 2 * d, seed=s, draw=d) for s in (0, 1) for d in (0, 1)]
+    (summary,) = summarise(make_result(rows))
+    assert summary["runs"] == 4
+    assert summary["plug_in"][:2] == (41.5, pytest.approx(math.sqrt(5 / 3 / 4)))
+    assert summary["zero_shot"] == (20.0, None, 1)
+    assert summary["full_finetuned"].count == 2
+    assert summary["emulator_zero_shot"] == (5.5, pytest.approx(0.5), 2)
+
+
+def test_differences_are_paired_by_seed_and_have_the_interval_of_the_pairs():
+    rows = [row("gradot", v, seed=s) for s, v in enumerate((40.0, 50.0, 60.0))]
+    others = ((2, 58.0), (0, 39.0), (1, 47.0))
+    rows += [row("magnitude", v, seed=s, draw=None) for s, v in others]
+    (pair,) = paired_differences(make_result(rows))
+    # Differences -1, -3, -2: deviation 1, over the root of 3 pairs, times t = 4.30265.
+    mean, low, high, count = pair["plug_in"]
+    assert (mean, count) == (-2.0, 3)
+    assert (low, high) == pytest.approx((-2 - 4.30265 / 3**0.5, -2 + 4.30265 / 3**0.5), rel=1e-5)
+
+
+def test_a_positive_difference_is_better_where_lower_is_better():
+    rows = [row("gradot", 40.0), row("magnitude", 43.0, draw=None)]
+    (pair,) = paired_differences(make_result(rows, higher=False))
+    assert pair["plug_in"].mean == -3.0
+
+
+def test_what_was_not_run_is_printed_as_such_and_single_runs_have_no_error():
+    missing = {"method": "crash", "budget": 0.3, "draw": 0}
+    text = report(make_result([row("gradot", 41.25)], subjects=[missing]))
+    (ours,) = (line for line in text.splitlines() if line.startswith("| gradot"))
+    (theirs,) = (line for line in text.splitlines() if line.startswith("| crash"))
+    assert "41.2" in ours and "±" not in ours
+    assert theirs.count("not run") == 6
+
+
+def test_diverged_runs_are_printed_as_such():
+    assert "diverged" in report(make_result([row("gradot", math.nan)]))
+
+
+def test_published_rows_are_shown_below_ours():
+    result = make_result([row("gradot", 41.0)])
+    (ours,) = summarise(result)
+    text = report(result, [{**ours, "method": "published"}])
+    assert text.index("| gradot") < text.index("| published")
+
+
+def test_validity_holds_where_it_should():
+    rows = [row("gradot", 40.0 + s, seed=s, full=50.0 + s) for s in range(3)]
+    rows += [row("magnitude", 35.0 + s, seed=s, draw=None, full=50.0 + s) for s in range(3)]
+    rows += [row("empty", 12.0, seed=s, draw=None, budget=None) for s in range(3)]
+    check = validity(make_result(rows))["toy"]
+    assert check["V1"]["holds"] and check["V2"]["holds"]
+    # Equal differences at every seed leave an interval of no width.
+    assert check["V3"]["holds"] and check["V3"]["noise_tested"]
+
+
+def test_validity_fails_where_it_should():
+    rows = [row("gradot", 9.0 + s, seed=s, full=21.0) for s in range(2)]
+    rows += [row("magnitude", 11.0 - s, seed=s, draw=None, full=21.0) for s in range(2)]
+    rows += [row("empty", 12.0, draw=None, budget=None, full=21.0, emulator=20.0)]
+    check = validity(make_result(rows))["toy"]
+    assert not any(check[name]["holds"] for name in ("V1", "V2", "V3"))
+    assert check["V3"]["delta_not_positive"] == ["gradot 0.3"]
+    assert check["V3"]["level_with_gradot"] == ["magnitude 0.3"]
+
+
+def test_without_the_empty_middle_nothing_is_said_of_validity():
+    assert validity(make_result([row("gradot", 40.0)])) == {}
+
+
+def test_selection_is_by_every_field():
+    rows = [{"a": 1, "b": 2}, {"a": 1, "b": 3}]
+    assert select(rows, a=1, b=3) == rows[1:]

@@ -1,0 +1,177 @@
+"""Emulators whose depth differs from the original's: shared blocks, harmonizers, inner blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradot_jax.compression.plan import HarmonizerShape, LayerShape
+from gradot_jax.errors import InputError
+from gradot_jax.models.opt.forward import apply_block, embed, forward, head
+from gradot_jax.models.opt.params import (
+    ATTENTION_SITES,
+    Shared,
+    count_params,
+    get_block,
+    unstack_blocks,
+)
+from gradot_jax.nn.harmonizer import Harmonizer, harmonize
+from gradot_jax.nn.linear import Dense
+from gradot_jax.offsite.adapter_file import check_adapter, load_adapter, save_adapter
+from gradot_jax.offsite.bundle import load_bundle, save_bundle
+from gradot_jax.offsite.describe import describe
+from gradot_jax.offsite.emulator import build_emulator, original_emulator
+from gradot_jax.offsite.export import export_params
+from gradot_jax.offsite.plug_in import plug_in
+from gradot_jax.offsite.split import AdapterSpec, split_blocks
+
+IDS = np.arange(8).reshape(2, 4) % 24
+SPREAD = AdapterSpec(1, 1, (2,))
+
+
+def harmonizer(width: int, rank: int) -> Harmonizer:
+    rng = np.random.default_rng(0)
+    shapes = ((width, rank), (rank,), (rank, width), (width,))
+    down, down_bias, up, up_bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    return Harmonizer(Dense(down, down_bias), Dense(up, up_bias))
+
+
+def run_by_hand(config, shell, layers) -> np.ndarray:
+    hidden = embed(config, shell, IDS)
+    for layer in layers:
+        if isinstance(layer, Harmonizer):
+            hidden = harmonize(layer, hidden)
+        else:
+            hidden = apply_block(config, layer, hidden)
+    return np.asarray(head(config, shell, hidden))
+
+
+def original_layers(params):
+    return [get_block(params.segments[0], i) for i in range(params.num_layers)]
+
+
+@pytest.fixture(scope="module")
+def shared(case):
+    """Layers 1 and 3 between trained 0, 2 and 4; 1 runs twice and a harmonizer once."""
+    original = original_layers(case.params)
+    adapter, _ = split_blocks(case.params, SPREAD)
+    layers = [original[1], original[3], harmonizer(case.config.hidden_size, 3)]
+    return build_emulator(case.params.shell, adapter, layers, (0, 0, None, 1, 2))
+
+
+def save(path, case, emulator):
+    dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
+    options = case.save_options() | {"shapes": (dense, dense, HarmonizerShape(rank=3))}
+    # Five places are more than a model of five layers leaves between its ends.
+    config = case.config.__class__(**{**vars(case.config), "num_hidden_layers": 7})
+    return config, save_bundle(path, config, emulator, **options)
+
+
+def test_layers_run_in_the_order_of_the_map(case, shared):
+    original = original_layers(case.params)
+    first, second, map_end = shared.stored_layers
+    by_hand = [original[0], first, first, original[2], second, map_end, original[4]]
+    np.testing.assert_allclose(
+        forward(case.config, shared.assemble(), IDS),
+        run_by_hand(case.config, case.params.shell, by_hand),
+        rtol=2e-5,
+        atol=2e-5,
+    )
+    assert shared.assemble().num_layers == 7
+    assert len(unstack_blocks(shared.assemble().segments)) == 7
+
+
+def test_the_map_is_read_off_the_emulator(shared):
+    assert shared.layer_map == (0, 0, None, 1, 2)
+    assert shared.inner_after == (1,)
+
+
+def test_sharing_stores_a_block_once(case, shared):
+    block = count_params(original_layers(case.params)[0])
+    small = count_params(harmonizer(case.config.hidden_size, 3))
+    assert count_params(shared.middle) == 2 * block + small
+    assert isinstance(shared.middle[0], Shared)
+
+
+def test_harmonizer_with_a_zero_up_projection_is_the_identity():
+    small = harmonizer(6, 2)
+    small = small.replace(up=jax.tree.map(jnp.zeros_like, small.up))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 6)), jnp.float32)
+    np.testing.assert_array_equal(harmonize(small, x), x)
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(1, 1), SPREAD, AdapterSpec(0, 0, (0, 3))])
+def test_original_emulator_is_the_original(case, spec):
+    whole = original_emulator(case.params, spec)
+    again = unstack_blocks(whole.assemble().segments)
+    jax.tree.map(np.testing.assert_array_equal, again, original_layers(case.params))
+
+
+def test_bundle_returns_an_emulator_of_another_depth_exactly(case, shared, tmp_path):
+    config, digest = save(tmp_path / "bundle", case, shared)
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.digest == digest and bundle.config == config
+    assert bundle.emulator.layer_map == shared.layer_map
+    jax.tree.map(np.testing.assert_array_equal, bundle.emulator, shared)
+    lines = describe(tmp_path / "bundle")
+    assert lines["layer map"] == "0 0 adapter 1 2"
+    assert lines["middle 2"] == "harmonizer of rank 3"
+
+
+def test_harmonizer_of_another_shape_than_planned_is_refused(case, shared, tmp_path):
+    dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
+    options = case.save_options() | {"shapes": (dense, dense, dense)}
+    config = case.config.__class__(**{**vars(case.config), "num_hidden_layers": 7})
+    with pytest.raises(InputError, match="middle layer 2: planned LayerShape.*Harmonizer"):
+        save_bundle(tmp_path / "b", config, shared, **options)
+
+
+def test_spread_adapter_comes_back_to_its_own_layers(case, tmp_path):
+    emulator = original_emulator(case.params, SPREAD)
+    dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
+    options = case.save_options() | {"shapes": (dense, dense)}
+    save_bundle(tmp_path / "bundle", case.config, emulator, **options)
+    bundle = load_bundle(tmp_path / "bundle")
+    tuned = jax.tree.map(lambda leaf: leaf + 1, bundle.emulator.adapter)
+    save_adapter(tmp_path / "adapter", tuned, bundle)
+    adapter, manifest = load_adapter(tmp_path / "adapter", case.config)
+    check_adapter(manifest, case.config, case.params, spec=SPREAD, emulator_digest=bundle.digest)
+    plugged = original_layers(plug_in(case.params, adapter))
+    for index, (new, old) in enumerate(zip(plugged, original_layers(case.params), strict=True)):
+        change = 1 if index in (0, 2, 4) else 0
+        expected = jax.tree.map(lambda leaf, change=change: leaf + change, old)
+        jax.tree.map(np.testing.assert_array_equal, new, expected)
+
+
+def test_adapter_with_a_wrong_layer_map_is_refused(case, tmp_path):
+    emulator = original_emulator(case.params, SPREAD)
+    dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
+    options = case.save_options() | {"shapes": (dense, dense)}
+    save_bundle(tmp_path / "bundle", case.config, emulator, **options)
+    bundle = load_bundle(tmp_path / "bundle")
+    save_adapter(tmp_path / "adapter", bundle.emulator.adapter, bundle)
+    _, manifest = load_adapter(tmp_path / "adapter", case.config)
+    with pytest.raises(InputError, match="another split"):
+        check_adapter(manifest, case.config, case.params, spec=AdapterSpec(1, 1, (3,)))
+    moved = manifest.__class__(**{**vars(manifest), "spec": AdapterSpec(1, 1, (3,))})
+    with pytest.raises(InputError, match="another model"):
+        check_adapter(moved, case.config, case.params)
+
+
+def test_shared_blocks_are_exported_once_per_place(case):
+    original = original_layers(case.params)
+    adapter, _ = split_blocks(case.params, AdapterSpec(1, 1))
+    emulator = build_emulator(case.params.shell, adapter, original[1:3], (0, 0, 1))
+    config, exported = export_params(case.config, emulator.assemble())
+    assert config.num_hidden_layers == 5
+    np.testing.assert_allclose(
+        forward(config, exported, IDS),
+        forward(case.config, emulator.assemble(), IDS),
+        rtol=2e-5,
+        atol=2e-5,
+    )
+
+
+def test_harmonizers_are_not_exported(case, shared):
+    with pytest.raises(InputError, match="harmonizers"):
+        export_params(case.config, shared.assemble())
