@@ -1,6 +1,7 @@
 """The numbers of the papers, each with where it was read; what could not be read is null.
 
     python -m benchmarks.published
+    python -m benchmarks.published --result OUT/result.json    # with ours beside them
 
 Nothing here was measured by this project, and nothing was computed from what is here.
 """
@@ -182,4 +183,6 @@ def table(published: Published) -> str:
 
 
 if __name__ == "__main__":
-    print(table(load_published()))
+    from benchmarks.beside import main
+
+    main()

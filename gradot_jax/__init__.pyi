@@ -1,13 +1,13 @@
 from .compression.channel import prune_channels as prune_channels
 from .compression.layer import component_order as component_order
-from .compression.rule import gradot_terms as gradot_terms
-from .compression.rule import magnitude_terms as magnitude_terms
 from .compression.options import CompressionOptions as CompressionOptions
 from .compression.plan import LayerPlan as LayerPlan
 from .compression.plan import LayerShape as LayerShape
 from .compression.plan import Plan as Plan
 from .compression.rank import factorise as factorise
 from .compression.rank import keep_order as keep_order
+from .compression.rule import gradot_terms as gradot_terms
+from .compression.rule import magnitude_terms as magnitude_terms
 from .compression.score import ScoreTerms as ScoreTerms
 from .compression.score import channel_terms as channel_terms
 from .compression.score import combine as combine

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradot_jax.comparison.summary import planned, select, summarise, summarise_compressions
 from gradot_jax.comparison.variants import REFERENCES
+from gradot_jax.offsite.split import AdapterSpec
 
 _MARKERS = "osDvP*X<>"
 
@@ -74,38 +75,41 @@ def draw_gradient_error(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def draw_kept(path: Path, result: Mapping[str, Any]) -> None:
-    """Mean rank and number of channels per layer, at the smallest budget and on the first draw.
+    """Mean rank and number of channels, a row per method and a column per layer.
 
-    A dropped layer has neither, a layer that is kept whole has as many as the widest.
+    At the smallest budget and on the first draw. A layer that is dropped, or that a harmonizer
+    stands in for, has neither; the adapter's blocks are left blank.
     """
     budgets = [c["budget"] for c in result["compressions"] if c["budget"] is not None]
     if not budgets:
         return
+    found = select(result["compressions"], budget=min(budgets))
+    first = {c["method"]: c for c in reversed(found)}
+    methods = list(reversed(first))
+    kept = np.array([_kept_per_layer(result, first[method]) for method in methods])
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6))
-    colours = _colours(result)
-    drawn = set()
-    for compression in select(result["compressions"], budget=min(budgets)):
-        layers = [kept for kept in compression["kept"] if "ranks" in kept]
-        if not layers or compression["method"] in drawn:
-            continue
-        drawn.add(compression["method"])
-        places = [kept["layer"] for kept in layers]
-        full = result["model"]["width"]
-        ranks = [
-            np.mean([full if rank is None else rank for rank in kept["ranks"].values()])
-            for kept in layers
-        ]
-        style = {"color": colours[compression["method"]], "label": compression["method"]}
-        axes[0].plot(places, ranks, marker="o", **style)
-        axes[1].plot(places, [kept["channels"] for kept in layers], marker="o", **style)
-    for axis, label in zip(axes, ("mean rank of attention", "channels of the MLP"), strict=True):
+    size = (13, 1.4 + 0.35 * len(methods))
+    figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True)
+    labels = ("mean rank of attention", "channels of the MLP")
+    for axis, label, values in zip(axes, labels, np.moveaxis(kept, 1, 0), strict=True):
+        image = axis.imshow(values, aspect="auto", interpolation="nearest", vmin=0)
+        axis.set_yticks(range(len(methods)), methods)
         axis.set_xlabel("layer")
-        axis.set_ylabel(f"{label}, budget {min(budgets):g}")
-        axis.set_ylim(bottom=0)
-    if drawn:
-        axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axis.set_title(f"{label}, budget {min(budgets):g}", fontsize=10)
+        figure.colorbar(image, ax=axis)
     _save(pyplot, figure, path)
+
+
+def _kept_per_layer(result: Mapping[str, Any], compression: Mapping[str, Any]) -> np.ndarray:
+    """Mean ranks and channels `[2, L]`, NaN at the adapter's blocks."""
+    model, adapter = result["model"], compression["adapter"]
+    spec = AdapterSpec(**{**adapter, "inner": tuple(adapter["inner"])})
+    values = np.full((2, model["layers"]), np.nan)
+    values[:, list(spec.middle_layers(model["layers"]))] = 0
+    for layer in (kept for kept in compression["kept"] if "ranks" in kept):
+        ranks = [model["width"] if rank is None else rank for rank in layer["ranks"].values()]
+        values[:, layer["layer"]] = np.mean(ranks), layer["channels"]
+    return values
 
 
 def _pyplot():

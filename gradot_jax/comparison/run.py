@@ -144,7 +144,12 @@ class _Bench:
         """Everything so far, as `result.json` holds it."""
         bed, grid = self._bed, self._grid
         return {
-            "model": {"name": bed.name, "digest": self._model, "width": bed.config.hidden_size},
+            "model": {
+                "name": bed.name,
+                "digest": self._model,
+                "width": bed.config.hidden_size,
+                "layers": bed.config.num_hidden_layers,
+            },
             "settings": {
                 **dataclasses.asdict(grid),
                 "split": dataclasses.asdict(bed.split),

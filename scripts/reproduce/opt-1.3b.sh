@@ -7,8 +7,7 @@ published="OPT-1.3B"
 hub_id="facebook/opt-1.3b"
 methods="full-finetune,full-finetune-all,gradot,layer-drop,offsite-tuning,crash,scaleot,empty"
 budgets="0.4" # 8 of the 20 blocks between the adapters, as offsite-tuning and CRaSh keep
-cost="Weights are held
-in float32, and full-finetune-all trains all of them with two moments each."
+cost="Weights are held in float32; full-finetune-all trains all of them, with two moments each."
 
 # Five epochs in batches of 32 at 5e-5 or 2e-5, as offsite-tuning's scripts have it, the rate
 # chosen by development loss; WikiText-2 50 epochs in batches of 64 at 1e-4 or 2e-5.

@@ -8,8 +8,7 @@ hub_id="facebook/opt-6.7b"
 # Without full-finetune-all: all weights with two moments each do not fit most devices.
 methods="full-finetune,gradot,layer-drop,offsite-tuning,crash,scaleot,empty"
 budgets="0.64" # 18 of the 28 blocks between the adapters, as offsite-tuning and CRaSh keep
-cost="Weights are held
-in float32 on one device, more than 26 GB before anything is computed."
+cost="Weights are held in float32 on one device: 26 GB before anything is computed."
 
 # Batches of 8 and five epochs, as offsite-tuning's scripts have it. They give a rate, 5e-5, for
 # RACE and SciQ alone, so the rate is chosen among CRaSh's 8e-6, 2e-5 and 5e-5 by development

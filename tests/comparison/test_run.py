@@ -6,7 +6,7 @@ from gradot_jax.comparison.run import Grid, run_comparison
 from gradot_jax.errors import InputError
 
 GRID = Grid(
-    methods=("full-finetune", "magnitude", "empty"),
+    methods=("full-finetune", "layer-drop", "empty"),
     budgets=(0.6,),
     seeds=(0, 1),
     rates=(0.5, 2.0),

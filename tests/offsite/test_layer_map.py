@@ -122,7 +122,7 @@ def test_harmonizer_of_another_shape_than_planned_is_refused(case, shared, tmp_p
     dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
     options = case.save_options() | {"shapes": (dense, dense, dense)}
     config = case.config.__class__(**{**vars(case.config), "num_hidden_layers": 7})
-    with pytest.raises(InputError, match="middle layer 2: planned LayerShape.*Harmonizer"):
+    with pytest.raises(InputError, match=r"middle layer 2: planned LayerShape.*Harmonizer"):
         save_bundle(tmp_path / "b", config, shared, **options)
 
 
