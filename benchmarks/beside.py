@@ -30,8 +30,8 @@ from gradot_jax.files.strict_json import read_json
 NOT_RUN = "not run"
 NOT_RECORDED = "not recorded"
 _HEADING = (
-    "**{}**: accuracy in percent, WikiText-2 in perplexity, differences in points; ours is the mean "
-    "± its standard error (runs)"
+    "**{}**: accuracy in percent, WikiText-2 in perplexity, differences in points; ours is "
+    "the mean ± its standard error (runs)"
 )
 _QUESTION_SETS = tuple(name for name, task in TASKS.items() if task.metric != "perplexity")
 _QUANTITY = {
@@ -95,8 +95,7 @@ def load_measured(paths: Sequence[Path]) -> Measured:
 
 def _read(path: Path) -> dict[str, Any]:
     result = read_json(path)
-    missing = _KEYS - result.keys() if isinstance(result, dict) else _KEYS
-    if missing:
+    if missing := _KEYS - result.keys():
         raise InputError(f"{path}: no result of a comparison, lacks {', '.join(sorted(missing))}")
     return result
 
@@ -109,21 +108,26 @@ def beside(published: Published, measured: Measured, model: Model) -> str:
         measured: ours.
         model: which of the papers' models ours is to be set beside.
     """
-    budgets = measured.budgets
-    titles = ["ours" if b is None else f"ours, budget {b:g}" for b in budgets]
-    lines = [_line("system", "setting", "task", "published", *titles)]
-    lines.append(_line(*["---"] * 3, *["---:"] * (1 + len(budgets))))
     entries = published.find(model=model)
-    for system, setting, task in dict.fromkeys((e.system, e.setting, e.task) for e in entries):
-        values = [e for e in entries if (e.system, e.setting, e.task) == (system, setting, task)]
-        ours = (_ours(measured, system, setting, task, budget) for budget in budgets)
-        lines.append(_line(system, setting, task, _published(values), *ours))
     used = dict.fromkeys(entry.source for entry in entries if entry.source)
     sources = [_source(key, published.sources[key]) for key in used]
     protocol = [_line("protocol", "published", "ours"), _line(*["---"] * 3)]
     protocol += [_line(*row) for row in _protocol(measured, model)]
-    parts = [[_HEADING.format(model)], lines, sources, protocol, [published.protocol]]
-    return "\n\n".join("\n".join(part) for part in [*parts, _failures(measured)] if part)
+    parts = [[_HEADING.format(model)], _table(entries, measured), sources, protocol]
+    parts += [[published.protocol], _failures(measured)]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _table(entries: Sequence[Entry], measured: Measured) -> list[str]:
+    budgets = measured.budgets
+    titles = ["ours" if b is None else f"ours, budget {b:g}" for b in budgets]
+    lines = [_line("system", "setting", "task", "published", *titles)]
+    lines.append(_line(*["---"] * 3, *["---:"] * (1 + len(budgets))))
+    for system, setting, task in dict.fromkeys((e.system, e.setting, e.task) for e in entries):
+        values = [e for e in entries if (e.system, e.setting, e.task) == (system, setting, task)]
+        ours = (_ours(measured, system, setting, task, budget) for budget in budgets)
+        lines.append(_line(system, setting, task, _published(values), *ours))
+    return lines
 
 
 def _line(*cells: str) -> str:

@@ -19,11 +19,14 @@ from .data.examples import prompt_examples as prompt_examples
 from .data.examples import take as take
 from .data.examples import text_examples as text_examples
 from .data.records import read_records as read_records
+from .data.tasks import TASKS as TASKS
+from .data.tasks import load_task as load_task
 from .data.tokenizer import load_tokenizer as load_tokenizer
 from .demo.corpus import bundled_model as bundled_model
 from .demo.corpus import prose_documents as prose_documents
 from .errors import InputError as InputError
 from .evaluation.exact_match import exact_match as exact_match
+from .evaluation.lm_eval import HarnessModel as HarnessModel
 from .evaluation.multiple_choice import multiple_choice as multiple_choice
 from .evaluation.perplexity import perplexity as perplexity
 from .linalg.svd import svd as svd

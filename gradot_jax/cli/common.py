@@ -59,6 +59,14 @@ def check_new(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path}: the folder is not empty; --overwrite replaces it")
 
 
+def check_comparison(path: Path) -> None:
+    """Refuses a folder that is neither new nor a comparison to go on with."""
+    new = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    # A folder of something else would be mixed up with the cells.
+    if not new and not (path / "cells").is_dir():
+        raise InputError(f"{path}: exists and is no comparison to go on with")
+
+
 def data_axis(mesh: "DeviceMesh | None") -> int:
     """Number of devices along the batch."""
     return 1 if mesh is None else mesh.mesh.shape["data"]

@@ -2,22 +2,30 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gradot_jax.cli.common import Debuggable, Dtype
+from gradot_jax.cli.common import OnDevices, check_comparison, data_axis
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
     from gradot_jax.comparison.task import FineTuning
     from gradot_jax.comparison.testbed import Testbed
+    from gradot_jax.parallel import DeviceMesh
 
-_ONLY_WITH_A_MODEL = ("data", "limit", "calibration", "sequence_length")
+_ONLY_WITH_A_MODEL = ("data", "limit", "calibration", "sequence_length", "epochs")
 _BUNDLED_TASKS = ("top", "api", "syn")
-_STEPS, _BATCH_SIZE, _LEARNING_RATE = 300, 16, 1e-4
+_TUNING: dict[str, Any] = {
+    "steps": 300,
+    "batch_size": 32,
+    "learning_rate": 5e-5,
+    "warmup": 0,
+    "b2": 0.999,
+}
+"""As offsite-tuning trains OPT-1.3B on question sets, but for the number of steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compare(Debuggable):
+class Compare(OnDevices):
     """Measures every method at every budget, and writes one report.
 
     Without --model it runs on the bundled model and its tasks; with one, on the question sets of
@@ -46,6 +54,8 @@ class Compare(Debuggable):
         learning_rates: factors on the task's learning rate to choose from.
         learning_rate: of every task, instead of its own.
         steps: of every fine-tuning, instead of the task's own.
+        epochs: passes over a question set's training part, where no steps are given.
+        emulator_steps: of the methods that train their emulator, instead of their own.
         batch_size: examples a step, instead of the task's own.
         preset: text of the question sets: as in the papers, or with what is wrong there set right.
         data: folder with a folder of data for each question set; the Hub by default.
@@ -55,7 +65,6 @@ class Compare(Debuggable):
         sequence_length: their tokens.
         num_bottom: first blocks, that are the adapter's.
         num_top: last blocks, that are the adapter's.
-        dtype: of fine-tuning and evaluation.
         drop_bundles: remove each emulator once its runs are finished, to save disk.
     """
 
@@ -72,6 +81,8 @@ class Compare(Debuggable):
     learning_rates: str = "0.5,1,2"
     learning_rate: float | None = None
     steps: int | None = None
+    epochs: float | None = None
+    emulator_steps: int | None = None
     batch_size: int | None = None
     preset: Literal["paper", "corrected"] = "corrected"
     data: Path | None = None
@@ -81,7 +92,6 @@ class Compare(Debuggable):
     sequence_length: int | None = None
     num_bottom: int = 2
     num_top: int = 2
-    dtype: Dtype = "float32"
     drop_bundles: bool = False
 
     def run(self) -> None:
@@ -96,9 +106,10 @@ class Compare(Debuggable):
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_methods(methods)
         subjects(methods, budgets, range(self.draws))
-        self._check_folder()
+        check_comparison(self.out)
         tasks = self._task_names()
         from gradot_jax.comparison.run import Grid, run_comparison
+        from gradot_jax.comparison.variants import shortened
         from gradot_jax.offsite.split import AdapterSpec
 
         grid = Grid(
@@ -109,17 +120,14 @@ class Compare(Debuggable):
             rates=rates,
         )
         split = AdapterSpec(self.num_bottom, self.num_top)
-        bed = self._bundled(tasks) if self.model is None else self._with_model(tasks)
-        bed = dataclasses.replace(bed, split=split, compute_dtype=self.dtype)
+        mesh = self.device_mesh()
+        bed = self._bundled(tasks) if self.model is None else self._with_model(tasks, mesh)
+        bed = dataclasses.replace(bed, split=split, compute_dtype=self.dtype, mesh=mesh)
+        if self.emulator_steps is not None:
+            bed = dataclasses.replace(bed, training=shortened(bed.training, self.emulator_steps))
         run_comparison(bed, grid, self.out, drop_bundles=self.drop_bundles)
         print((self.out / "table.md").read_text(encoding="utf-8"))
         print(f"{self.out}: result.json, table.md, plots")
-
-    def _check_folder(self) -> None:
-        # A folder of something else would be mixed up with the cells.
-        new = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
-        if not new and not (self.out / "cells").is_dir():
-            raise InputError(f"{self.out}: exists and is no comparison to go on with")
 
     def _task_names(self) -> tuple[str, ...]:
         if self.model is not None:
@@ -149,7 +157,7 @@ class Compare(Debuggable):
         tuning = {name: self._tuning(FINE_TUNING[name]) for name in tasks}
         return bundled_testbed(tasks, tuning=tuning, num_sequences=self.num_sequences or 512)
 
-    def _with_model(self, names: tuple[str, ...]) -> "Testbed":
+    def _with_model(self, names: tuple[str, ...], mesh: "DeviceMesh | None") -> "Testbed":
         from gradot_jax.cli.data import training_examples
         from gradot_jax.comparison.questions import question_tasks, question_testbed
         from gradot_jax.comparison.task import FineTuning
@@ -157,12 +165,12 @@ class Compare(Debuggable):
         from gradot_jax.models.opt.hf import checkpoint_folder, load_opt
 
         folder = checkpoint_folder(self.model, None)
-        config, params = load_opt(folder, dtype="float32")
+        config, params = load_opt(folder, dtype="float32", mesh=mesh)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
-        tuning = self._tuning(
-            FineTuning(steps=_STEPS, batch_size=_BATCH_SIZE, learning_rate=_LEARNING_RATE)
-        )
+        if self.epochs is not None and not self.epochs > 0:
+            raise InputError(f"epochs must be positive, got {self.epochs}")
+        tuning = self._tuning(FineTuning(**_TUNING))
         tasks = question_tasks(
             names,
             config,
@@ -172,6 +180,7 @@ class Compare(Debuggable):
             data=self.data,
             limit=self.limit,
             batch_size=tuning.batch_size,
+            epochs=None if self.steps else self.epochs,
         )
         return question_testbed(
             str(self.model),
@@ -180,7 +189,7 @@ class Compare(Debuggable):
             tasks,
             training_examples(tokenizer, config, self.calibration, self.sequence_length),
             num_sequences=self.num_sequences or 128,
-            batch_size=8,
+            batch_size=-(-8 // data_axis(mesh)) * data_axis(mesh),
         )
 
 

@@ -110,7 +110,9 @@ class CompressionCell:
 
     def _run(self) -> Compression:
         bed = self._bed
-        result = run_compression(bed.config, bed.params, bed.split, self._batches, self._options)
+        result = run_compression(
+            bed.config, bed.params, bed.split, self._batches, self._options, mesh=bed.mesh
+        )
         jax.block_until_ready(result.emulator)
         return result
 

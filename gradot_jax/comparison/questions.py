@@ -1,5 +1,6 @@
 """The papers' question sets on any OPT checkpoint, as a comparison takes them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def question_tasks(
     data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    epochs: float | None = None,
 ) -> tuple[Task, ...]:
     """Tasks of `gradot_jax.data.tasks` as a comparison takes them; scores are in percent.
 
@@ -49,6 +51,7 @@ def question_tasks(
         data: folder with one folder per task, or with the data of the only one.
         limit: most records of each part.
         batch_size: sequences a batch when measuring.
+        epochs: passes over the training part, instead of the steps of `tuning`.
 
     Raises:
         InputError: when a task cannot be read, or has fewer examples than a training batch.
@@ -57,7 +60,7 @@ def question_tasks(
     for name in names:
         folder = data / name if data is not None and (data / name).is_dir() else data
         loaded = load_task(name, preset=preset, data=folder, limit=limit)
-        tasks.append(_task(loaded, config, tokenizer, tuning, batch_size))
+        tasks.append(_task(loaded, config, tokenizer, tuning, batch_size, epochs))
     return tuple(tasks)
 
 
@@ -113,7 +116,9 @@ def _draws(
     return draw
 
 
-def _task(task: QATask, config, tokenizer, tuning: FineTuning, batch_size: int) -> Task:
+def _task(
+    task: QATask, config, tokenizer, tuning: FineTuning, batch_size: int, epochs: float | None
+) -> Task:
     limits = {"bos_id": config.bos_token_id, "eos_id": config.eos_token_id}
     limits["longest"] = config.max_position_embeddings
     train, development = (
@@ -125,6 +130,9 @@ def _task(task: QATask, config, tokenizer, tuning: FineTuning, batch_size: int) 
             f"{task.name}: {len(train.input_ids)} examples to train on do not fill a batch of "
             f"{tuning.batch_size}; give a smaller batch_size"
         )
+    if epochs is not None:
+        steps = max(round(epochs * (len(train.input_ids) // tuning.batch_size)), 1)
+        tuning = dataclasses.replace(tuning, steps=steps, warmup=min(tuning.warmup, steps - 1))
     measure, digest = _measure(task, config, tokenizer, batch_size)
     percent = "" if task.metric == "perplexity" else " %"
     return Task(
@@ -139,6 +147,12 @@ def _task(task: QATask, config, tokenizer, tuning: FineTuning, batch_size: int) 
         test_digest=digest,
         validity=_VALIDITY[task.metric],
         evaluation_batch=min(batch_size, len(development.input_ids)),
+        protocol={
+            "preset": task.preset,
+            "split": task.splits.report,
+            "items": len(task.report.records),
+            "bos": task.report_bos,
+        },
     )
 
 

@@ -232,4 +232,6 @@ class _Bench:
 def _described(task: Task) -> dict[str, Any]:
     fields = ("label", "metric", "higher_is_better")
     described = {name: getattr(task, name) for name in fields}
-    return described | {"validity": dataclasses.asdict(task.validity)}
+    settings = {"tuning": task.tuning, "validity": task.validity}
+    described |= {name: dataclasses.asdict(value) for name, value in settings.items()}
+    return described | {"protocol": dict(task.protocol)}

@@ -1,7 +1,8 @@
 """A downstream task as the comparison takes it, wherever its examples come from."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
@@ -66,6 +67,7 @@ class Task:
         test_digest: of the test part.
         validity: thresholds of V1 and V2.
         evaluation_batch: development examples a batch.
+        protocol: JSON values for the record: which text, and how the test part is measured.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Task:
     test_digest: str
     validity: Validity
     evaluation_batch: int = 30
+    protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def better_by(self, value: float, other: float) -> float:
         """How much better a value of a metric is than another; negative where it is worse."""

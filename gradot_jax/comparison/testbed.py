@@ -9,8 +9,10 @@ import jax
 from gradot_jax.comparison.task import Task
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
+from gradot_jax.models.opt.partition import shard_params
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.split import AdapterSpec
+from gradot_jax.parallel import DeviceMesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Testbed:
         split: the adapter of methods that choose none.
         training: fields of `CompressionOptions` by method, for those that train.
         compute_dtype: of fine-tuning and evaluation.
+        mesh: devices to spread everything over.
     """
 
     # It is no test, whatever its name.
@@ -41,8 +44,11 @@ class Testbed:
     split: AdapterSpec = dataclasses.field(default_factory=AdapterSpec)
     training: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     compute_dtype: str = "float32"
+    mesh: DeviceMesh | None = None
 
     def measure(self, task: Task, params: Params) -> dict[str, float]:
         """Metrics of a model on a task's test part."""
         cast = jax.tree.map(lambda leaf: leaf.astype(self.compute_dtype), params)
+        if self.mesh is not None:
+            cast = shard_params(cast, self.mesh)
         return task.measure(self.config, cast)

@@ -99,6 +99,7 @@ def tune(
         validation_batches=list(eval_batches(task.development, task.evaluation_batch)),
         evaluate_every=max(tuning.steps // 2, 1),
         compute_dtype=bed.compute_dtype,
+        mesh=bed.mesh,
         metrics_path=curve,
     )
     records = map(json.loads, curve.read_text(encoding="utf-8").splitlines())

@@ -1,9 +1,15 @@
 """What is compared: names for settings of the compression, readable without JAX."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradot_jax.compression.options import CompressionOptions, check_budget
+from gradot_jax.compression.options import (
+    CompressionOptions,
+    DistillationOptions,
+    ScaleOTOptions,
+    check_budget,
+)
 from gradot_jax.errors import InputError
 
 BASELINE = "gradot"
@@ -93,6 +99,23 @@ def subjects(
         for budget in [None] if name == FLOOR else budgets:
             found += [Subject(name, budget, draw) for draw in ([None] if fixed else draws)]
     return found
+
+
+def shortened(training: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
+    """The same settings of the methods that train, for another number of steps.
+
+    Args:
+        training: see `variant_options`.
+        steps: of each.
+    """
+    distillation = training.get("offsite-tuning", {}).get("distillation", DistillationOptions())
+    scaleot = training.get("scaleot", {}).get("scaleot", ScaleOTOptions())
+    warmup = max(min(distillation.warmup_steps, steps - 1), 0)
+    distillation = dataclasses.replace(distillation, steps=steps, warmup_steps=warmup)
+    return {
+        "offsite-tuning": {"distillation": distillation},
+        "scaleot": {"scaleot": dataclasses.replace(scaleot, steps=steps)},
+    }
 
 
 def variant_options(

@@ -84,23 +84,24 @@ def test_it_goes_from_a_checkpoint_to_the_published_table(checkpoint, data, tmp_
         DATA="data",
         CALIBRATION="text.txt",
         OUT="out",
-        TASKS="openbookqa,wikitext-2",
+        QUESTIONS="openbookqa",
         HF_HOME=str(tmp_path / "cache"),
         HF_HUB_OFFLINE="1",
     )
     assert run.returncode == 0, run.stderr
     published = (tmp_path / "out" / "published.md").read_text()
     assert run.stdout.endswith(published)
-    for task, metric in (("openbookqa", "accuracy"), ("wikitext-2", "perplexity")):
-        result = json.loads((tmp_path / "out" / task / "result.json").read_text())
+    parts = (("questions", "openbookqa", "accuracy"), ("wikitext-2", "wikitext-2", "perplexity"))
+    for part, task, metric in parts:
+        result = json.loads((tmp_path / "out" / part / "result.json").read_text())
         (row,) = result["rows"]
         assert row["plug_in"][metric] > 0
         assert result["settings"]["split"]["num_bottom"] == 2
         (line,) = [x for x in published.splitlines() if f"| full model | zero-shot | {task} |" in x]
         assert line.endswith(f"| {row['zero_shot'][metric]:.1f} (1) |")
     assert "| gradot | plug-in | average of 8 | 49.8 [gradot-note] | not run |" in published
-    compressions = list((tmp_path / "out" / "cells").glob("compression-*.json"))
-    assert len(compressions) == 1, "the tasks share one compression"
+    assert "| text | - | paper |" in published
+    assert "| items | - | 8 |" in published
 
 
 @pytest.mark.parametrize("script", ["opt-1.3b.sh", "opt-6.7b.sh"])
@@ -114,9 +115,8 @@ def test_help_says_what_is_not_known_and_runs_nothing(script, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        (["--tasks", "piqa"], {}, "set TASKS, OUT or MODEL instead of --tasks"),
-        (["--out=x"], {}, "set TASKS, OUT or MODEL instead of --out"),
-        ([], {"TASKS": "piqa,boolq"}, "unknown task boolq"),
+        (["--tasks", "piqa"], {}, "set QUESTIONS, OUT or MODEL, not --tasks"),
+        (["--out=x"], {}, "set QUESTIONS, OUT or MODEL, not --out"),
         ([], {"ACCELERATOR": "abacus"}, "ACCELERATOR must be cpu, cuda or tpu"),
     ],
 )
