@@ -1,6 +1,7 @@
 """Options that several commands share. Nothing here imports JAX before a command runs."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -65,6 +66,12 @@ def check_comparison(path: Path) -> None:
     # A folder of something else would be mixed up with the cells.
     if not new and not (path / "cells").is_dir():
         raise InputError(f"{path}: exists and is no comparison to go on with")
+
+
+def check_distinct(option: str, values: Sequence[object]) -> None:
+    """Refuses a list that is empty or has anything twice."""
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"{option}: expected some, each once, got {list(values)}")
 
 
 def data_axis(mesh: "DeviceMesh | None") -> int:

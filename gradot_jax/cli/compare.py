@@ -1,10 +1,11 @@
 """`gradot compare`: all methods on the same model, text and tasks."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradot_jax.cli.common import OnDevices, check_comparison, data_axis
+from gradot_jax.cli.common import OnDevices, check_comparison, check_distinct, data_axis
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from gradot_jax.parallel import DeviceMesh
 
 _ONLY_WITH_A_MODEL = ("data", "limit", "calibration", "sequence_length", "epochs")
+_COUNTS = ("steps", "emulator_steps", "batch_size", "limit", "num_sequences", "sequence_length")
 _BUNDLED_TASKS = ("top", "api", "syn")
 _TUNING: dict[str, Any] = {
     "steps": 300,
@@ -20,6 +22,7 @@ _TUNING: dict[str, Any] = {
     "learning_rate": 5e-5,
     "warmup": 0,
     "b2": 0.999,
+    "evaluations": 10,
 }
 """As offsite-tuning trains OPT-1.3B on question sets, but for the number of steps."""
 
@@ -65,7 +68,8 @@ class Compare(OnDevices):
         sequence_length: their tokens.
         num_bottom: first blocks, that are the adapter's.
         num_top: last blocks, that are the adapter's.
-        drop_bundles: remove each emulator once its runs are finished, to save disk.
+        drop_bundles: remove each emulator once its runs are finished, to save disk; runs that are
+            added later make it again.
     """
 
     out: Path
@@ -101,13 +105,19 @@ class Compare(OnDevices):
         methods = _names(self.methods)
         budgets = _numbers("budgets", self.budgets)
         rates = _numbers("learning_rates", self.learning_rates)
-        for name in ("seeds", "draws"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seeds", "draws", *_COUNTS):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {value}")
         check_methods(methods)
         subjects(methods, budgets, range(self.draws))
         check_comparison(self.out)
         tasks = self._task_names()
+        check_distinct("tasks", tasks)
         from gradot_jax.comparison.run import Grid, run_comparison
         from gradot_jax.comparison.variants import shortened
         from gradot_jax.offsite.split import AdapterSpec
@@ -135,6 +145,7 @@ class Compare(OnDevices):
                 raise InputError("--model needs --tasks and --calibration")
             return _names(self.tasks)
         given = [name for name in _ONLY_WITH_A_MODEL if getattr(self, name) is not None]
+        given += ["preset"] if self.preset != "corrected" else []
         if given:
             raise InputError(f"{', '.join(given)}: only with --model; the bundled one has its own")
         names = _names(self.tasks or "top,api")
@@ -168,8 +179,6 @@ class Compare(OnDevices):
         config, params = load_opt(folder, dtype="float32", mesh=mesh)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
-        if self.epochs is not None and not self.epochs > 0:
-            raise InputError(f"epochs must be positive, got {self.epochs}")
         tuning = self._tuning(FineTuning(**_TUNING))
         tasks = question_tasks(
             names,

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from gradot_jax.cli.common import Debuggable, check_comparison
+from gradot_jax.cli.common import Debuggable, check_comparison, check_distinct
+from gradot_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,16 @@ class Demo(Debuggable):
     def run(self) -> None:
         """Executes the command."""
         check_comparison(self.out)
-        from gradot_jax.comparison.variants import check_methods
+        check_distinct("tasks", self.tasks)
+        if self.seeds < 1 or self.draws < 1:
+            raise InputError("seeds and draws must be at least 1")
+        from gradot_jax.comparison.variants import subjects
         from gradot_jax.demo.run import run_demo
 
-        check_methods(self.methods)
+        subjects(self.methods, (self.budget,), range(self.draws))
         if self.overwrite:
-            shutil.rmtree(self.out, ignore_errors=True)
+            for part in ("cells", "curves"):
+                shutil.rmtree(self.out / part, ignore_errors=True)
         run_demo(
             self.out,
             budget=self.budget,

@@ -38,7 +38,8 @@ middle (plug-in). Everything in between can be measured (evaluate), looked at (i
 into a plain checkpoint (export). `gradot demo` shows all of it on a small bundled model, and
 `gradot compare` measures every method, on that model or on any other.
 
-Exit codes: 0 done, 2 usage, 3 refused input, 143 interrupted with its state saved."""
+Exit codes: 0 done, 1 failed, 2 usage, 3 refused input (of a comparison: some of it), 130
+interrupted, 143 interrupted with its state saved."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gradot_jax
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment, write_result
 
@@ -19,25 +20,24 @@ class CellStore:
     """The cells of one folder.
 
     Args:
-        folder: made when the first cell is written.
+        folder: made if need be.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str, settings: Mapping[str, Any]) -> Path:
         """File of a cell: a name for people, and a digest of the settings.
 
         Args:
             name: part of the file's name.
-            settings: JSON values, everything that the cell's result depends on.
+            settings: JSON values, everything that the cell's result depends on but the version
+                of the program, which is added.
         """
-        canonical = json.dumps(settings, sort_keys=True).encode()
+        versioned = {"gradot_jax": gradot_jax.__version__, **settings}
+        canonical = json.dumps(versioned, sort_keys=True).encode()
         return self.folder / f"{name}-{hashlib.sha256(canonical).hexdigest()[:12]}.json"
-
-    def has(self, name: str, settings: Mapping[str, Any]) -> bool:
-        """Whether a cell is finished."""
-        return self.path(name, settings).is_file()
 
     def get(
         self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]

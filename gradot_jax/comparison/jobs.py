@@ -25,11 +25,13 @@ class Tuned(NamedTuple):
     Attributes:
         adapter: the best by development loss.
         loss: that loss, nats per counted target.
+        step: at which it was, 0 for the adapter as it was shipped.
         seconds: of the tuning.
     """
 
     adapter: Adapter
     loss: float
+    step: int
     seconds: float
 
 
@@ -82,8 +84,7 @@ def task_identity(task: Task) -> dict[str, Any]:
         "name": task.name,
         "metric": task.metric,
         "tuning": dataclasses.asdict(task.tuning),
-        "train": tree_digest(task.train),
-        "development": tree_digest(task.development),
+        **task.digests,
         "test": task.test_digest,
     }
 
@@ -123,10 +124,14 @@ def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[float, Tun
 
     def trial(factor: float) -> dict[str, Any]:
         try:
-            made[factor] = _tune(job, seed, factor)
+            tuned = _tune(job, seed, factor)
         except DivergenceError as error:
             return {"development_loss": math.inf, "diverged": str(error)}
-        return {"development_loss": made[factor].loss, "seconds": made[factor].seconds}
+        if all(tuned.loss < loss for loss in losses.values()):
+            # Only the best so far, since each holds an adapter on the device.
+            made.clear()
+            made[factor] = tuned
+        return {"development_loss": tuned.loss, "seconds": tuned.seconds}
 
     for factor in rates:
         settings = {"cell": "trial", **job.settings, "seed": seed, "factor": factor}
@@ -147,7 +152,7 @@ def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) ->
         tuned: the run itself, where it was made already.
 
     Returns:
-        `development_loss`, `seconds`, and metrics by name: `full_finetuned` of a reference, else
+        `development_loss`, `best_step`, `seconds`, and metrics by name: `full_finetuned` of a reference, else
         `emulator_finetuned` and `plug_in`. A run that diverges has `nan` for its metric.
     """
     settings = {"cell": "run", **job.settings, "seed": seed, "factor": factor}
@@ -162,17 +167,23 @@ def _measure_tuned(job: Job, seed: int, factor: float, tuned: Tuned | None) -> d
         tuned = tuned or _tune(job, seed, factor)
     except DivergenceError as error:
         lost = {name: {job.task.metric: math.nan} for name in names}
-        return {"development_loss": math.inf, "seconds": None, "diverged": str(error)} | lost
-    models = [job.emulator().assemble(tuned.adapter)]
+        nothing = {"development_loss": math.inf, "best_step": None, "seconds": None}
+        return {**nothing, "diverged": str(error), **lost}
+    values = {names[0]: job.bed.measure(job.task, job.emulator().assemble(tuned.adapter))}
     if not job.is_reference:
-        models.append(plug_in(job.bed.params, tuned.adapter))
-    measured = [job.bed.measure(job.task, model) for model in models]
-    values = dict(zip(names, measured, strict=True))
-    return {"development_loss": tuned.loss, "seconds": tuned.seconds, **values}
+        values["plug_in"] = job.bed.measure(job.task, plug_in(job.bed.params, tuned.adapter))
+    return {
+        "development_loss": tuned.loss,
+        "best_step": tuned.step,
+        "seconds": tuned.seconds,
+        **values,
+    }
 
 
 def _tune(job: Job, seed: int, factor: float) -> Tuned:
     began = time.perf_counter()
-    curve = job.curves / f"{job.name}-seed{seed}-x{factor:g}.jsonl"
-    adapter, loss = tune(job.bed, job.emulator(), job.task, seed=seed, factor=factor, curve=curve)
-    return Tuned(adapter, loss, time.perf_counter() - began)
+    settings = {**job.settings, "seed": seed, "factor": factor}
+    name = job.store.path(f"{job.name}-seed{seed}-x{factor:g}", settings).stem
+    curve = job.curves / f"{name}.jsonl"
+    tuned = tune(job.bed, job.emulator(), job.task, seed=seed, factor=factor, curve=curve)
+    return Tuned(*tuned, time.perf_counter() - began)

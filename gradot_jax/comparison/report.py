@@ -22,16 +22,8 @@ from gradot_jax.evaluation.record import write_result
 NOT_RUN = "not run"
 
 
-def write_tables(
-    out: Path, result: Mapping[str, Any], published: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Writes `result.json` and `table.md`.
-
-    Args:
-        out: the folder.
-        result: of a comparison.
-        published: rows as `summarise` makes them, to show below ours.
-    """
+def write_tables(out: Path, result: Mapping[str, Any]) -> None:
+    """Writes `result.json` and `table.md` of a comparison into a folder."""
     derived = {
         "summary": summarise(result),
         "paired": paired_differences(result),
@@ -43,7 +35,7 @@ def write_tables(
         "validity": derived["validity"],
     }
     write_result(out / "result.json", {**result, **named})
-    (out / "table.md").write_text(report(result, published), encoding="utf-8")
+    (out / "table.md").write_text(report(result), encoding="utf-8")
 
 
 def write_plots(out: Path, result: Mapping[str, Any]) -> None:
@@ -56,19 +48,24 @@ def write_plots(out: Path, result: Mapping[str, Any]) -> None:
         draw(out / f"{name}.png", result)
 
 
-def report(result: Mapping[str, Any], published: Sequence[Mapping[str, Any]] = ()) -> str:
+def report(result: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
     summary = summarise(result)
     parts = []
     for name, task in result["tasks"].items():
         better = "higher" if task["higher_is_better"] else "lower"
-        rows = select([*summary, *published], task=name)
+        rows = select(summary, task=name)
         parts.append(f"**{task['label']}** ({better} is better)\n\n{task_table(rows)}")
+        if untuned := [f"{_label(r)} ({r['untuned']} of {r['runs']})" for r in rows if r["untuned"]]:
+            parts.append(
+                "Tuning improved no development loss, so the adapter is as it was shipped: "
+                + ", ".join(untuned)
+            )
     parts.append(f"**compression**\n\n{compression_table(result)}")
     if pairs := paired_differences(result):
         parts.append(
-            f"**against {BASELINE}**, at equal budget, seed and draw (95 % interval; positive is "
-            f"better, for Delta larger)\n\n{paired_table(pairs)}"
+            f"**against {BASELINE}**, at equal budget, seed and draw (95 % interval over "
+            f"{_observed(result)}; positive is better, for Delta larger)\n\n{paired_table(pairs)}"
         )
     if checks := validity(result):
         parts.append(validity_lines(checks))
@@ -98,7 +95,7 @@ def compression_table(result: Mapping[str, Any]) -> str:
         "gradient_relative_error": ("grad. rel. error", lambda e: _estimate(e, 3)),
         "gradient_norm_ratio": ("norm ratio", lambda e: _estimate(e, 2)),
         "loss_gap": ("loss gap, nats", lambda e: _estimate(e, 3)),
-        "seconds": ("seconds", lambda e: _estimate(e, 1)),
+        "seconds": ("seconds, with compilation", lambda e: _estimate(e, 1)),
         "added_host_bytes": ("host memory added, MiB", _mebibytes),
     }
     titles = ["method", "budget", *(title for title, _ in columns.values())]
@@ -135,11 +132,11 @@ def validity_lines(checks: Mapping[str, Mapping[str, Any]]) -> str:
             for key, label in (
                 ("delta_not_positive", "Delta not positive"),
                 ("level_with_gradot", f"level with {BASELINE}"),
+                ("not_tested", "one run"),
             )
             if v3[key]
         ]
-        notes += [] if v3["noise_tested"] else ["noise not tested: one seed"]
-        verdict = "holds" if v3["holds"] else "FAILS"
+        verdict = {True: "holds", False: "FAILS", None: "not tested"}[v3["holds"]]
         lines.append(f"- {task}: V3 {verdict}" + (f" ({'; '.join(notes)})" if notes else ""))
     return "\n".join(lines)
 
@@ -153,6 +150,14 @@ def markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['method']} {_budget(row['budget'])}".removesuffix(" -")
+
+
+def _observed(result: Mapping[str, Any]) -> str:
+    return "draws" if len(result["settings"]["draws"]) > 1 else "seeds, on one draw"
 
 
 def _estimate(value: Estimate | None, digits: int) -> str:

@@ -5,6 +5,8 @@ fine-tuning run. Cells that a folder already holds are not run again.
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import time
@@ -28,9 +30,11 @@ from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment
 from gradot_jax.offsite.checkpoint import tree_digest
 from gradot_jax.offsite.emulator import Emulator, original_emulator
+from gradot_jax.offsite.finetune import DivergenceError
 
 logger = logging.getLogger("gradot_jax")
 
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _CODE_BYTES = 2**30
 """Growth of the process after which compiled code is thrown away."""
 
@@ -94,9 +98,12 @@ def run_comparison(
     for subject in grid.subjects:
         try:
             bench.run(subject, drop_bundle=drop_bundles)
-        except InputError as error:
-            logger.warning("%s: not run: %s", subject.label, error)
-            failures[subject.label] = str(error)
+        except (InputError, DivergenceError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and _OUT_OF_MEMORY not in str(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            logger.warning("%s: not run: %s", subject.label, reason)
+            failures[subject.label] = reason
         write_tables(out, bench.result(failures))
         bench.trim()
     result = bench.result(failures)
@@ -113,7 +120,7 @@ class _Bench:
     def __init__(self, bed: Testbed, grid: Grid, out: Path):
         self._bed, self._grid, self._out = bed, grid, out
         self._store = CellStore(out / "cells")
-        self._model = tree_digest(bed.params)
+        self._model = _model_digest(bed)
         self._factors: dict[tuple[str, float | None, str], float] = {}
         self._full: dict[tuple[str, int], dict[str, float]] = {}
         self._rows: list[dict[str, Any]] = []
@@ -202,6 +209,7 @@ class _Bench:
             "seed": seed,
             "learning_rate": factor * task.tuning.learning_rate,
             "development_loss": cell["development_loss"],
+            "best_step": cell["best_step"],
             "seconds": cell["seconds"],
             "zero_shot": self._original(task),
         }
@@ -227,6 +235,12 @@ class _Bench:
         origin, curves = {"model": self._model}, self._out / "curves"
         full = partial(original_emulator, self._bed.params, self._bed.split)
         return zero_shot(Job(self._bed, self._store, curves, subject, task, origin, full))
+
+
+def _model_digest(bed: Testbed) -> str:
+    """SHA-256 of the weights and of the configuration that says how they are used."""
+    config = json.dumps(dataclasses.asdict(bed.config), sort_keys=True)
+    return hashlib.sha256(f"{config} {tree_digest(bed.params)}".encode()).hexdigest()
 
 
 def _described(task: Task) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""What the rows of a comparison say: means over runs, and differences paired by seed."""
+"""What the rows of a comparison say: means over runs, and differences paired by seed.
+
+Runs on one draw of calibration text share that draw, so with several draws each draw's mean is
+one observation; with one draw each seed is.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -45,6 +49,7 @@ def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows = select(result["rows"], task=name, method=method, budget=budget)
             row = {"task": name, "method": method, "budget": budget, "runs": len(rows)}
             row["learning_rate"] = rows[0]["learning_rate"] if rows else None
+            row["untuned"] = sum(r.get("best_step") == 0 for r in rows)
             values = {q: _values(rows, q, task["metric"]) for q in QUANTITIES}
             summary.append(row | {q: estimate(v) if v else None for q, v in values.items()})
     return summary
@@ -79,12 +84,13 @@ def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             row = {"task": name, "method": method, "budget": budget}
             for quantity in PAIRED if pairs else ():
                 upwards = quantity == "delta" or task["higher_is_better"]
-                gaps = [
-                    (ours[quantity][task["metric"]] - base_row[quantity][task["metric"]])
-                    * (1 if upwards else -1)
-                    for ours, base_row in pairs
-                ]
-                row[quantity] = paired_interval(gaps)
+                sign = 1 if upwards else -1
+                gaps = {
+                    (other["seed"], other["draw"]): sign
+                    * (ours[quantity][task["metric"]] - other[quantity][task["metric"]])
+                    for ours, other in pairs
+                }
+                row[quantity] = paired_interval(_observations(gaps))
             differences += [row] if pairs else []
     return differences
 
@@ -95,9 +101,23 @@ def select(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Mapping[str
 
 
 def _values(rows: Sequence[Mapping[str, Any]], quantity: str, metric: str) -> list[float]:
+    varies = QUANTITIES[quantity]
     measured = [row for row in rows if row.get(quantity) is not None]
-    distinct = {tuple(row[v] for v in QUANTITIES[quantity]): row for row in measured}
-    return [row[quantity][metric] for row in distinct.values()]
+    values = {}
+    for row in measured:
+        seed, draw = (row[name] if name in varies else None for name in ("seed", "draw"))
+        values[seed, draw] = row[quantity][metric]
+    return _observations(values)
+
+
+def _observations(values: Mapping[tuple[Any, Any], float]) -> list[float]:
+    """Values by (seed, draw) as independent observations: means of draws where there are several."""
+    draws: dict[Any, list[float]] = {}
+    for (_, draw), value in values.items():
+        draws.setdefault(draw, []).append(value)
+    if len(draws) > 1:
+        return [sum(group) / len(group) for group in draws.values()]
+    return list(values.values())
 
 
 def _partner(

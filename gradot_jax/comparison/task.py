@@ -1,12 +1,14 @@
 """A downstream task as the comparison takes it, wherever its examples come from."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
 from gradot_jax.nn.batch import Batch
+from gradot_jax.offsite.checkpoint import tree_digest
 
 Measure = Callable[[OPTConfig, Params], dict[str, float]]
 
@@ -24,6 +26,8 @@ class FineTuning:
         b2: decay of the second moment.
         weight_decay: decoupled.
         clip_norm: largest norm of the whole gradient.
+        evaluations: of the development loss, besides the one before the first step; the adapter
+            of the best is taken.
     """
 
     steps: int
@@ -34,6 +38,7 @@ class FineTuning:
     b2: float = 0.98
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    evaluations: int = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,11 @@ class Task:
     validity: Validity
     evaluation_batch: int = 30
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Digests of the examples that are tuned on."""
+        return {name: tree_digest(getattr(self, name)) for name in ("train", "development")}
 
     def better_by(self, value: float, other: float) -> float:
         """How much better a value of a metric is than another; negative where it is worse."""

@@ -72,7 +72,7 @@ def _optimizer(tuning: FineTuning) -> optax.GradientTransformation:
 
 def tune(
     bed: Testbed, emulator: Emulator, task: Task, *, seed: int, factor: float, curve: Path
-) -> tuple[Adapter, float]:
+) -> tuple[Adapter, float, int]:
     """Tunes the adapter of an emulator on a task.
 
     Args:
@@ -84,7 +84,7 @@ def tune(
         curve: file to write the history to.
 
     Returns:
-        The best adapter by development loss, and that loss in nats per counted target.
+        The best adapter by development loss, that loss in nats per counted target, and its step.
 
     Raises:
         DivergenceError: when a loss or gradient is not finite.
@@ -97,13 +97,14 @@ def tune(
         rated_optimizer(tuning, factor),
         num_steps=tuning.steps,
         validation_batches=list(eval_batches(task.development, task.evaluation_batch)),
-        evaluate_every=max(tuning.steps // 2, 1),
+        evaluate_every=-(-tuning.steps // tuning.evaluations),
         compute_dtype=bed.compute_dtype,
         mesh=bed.mesh,
         metrics_path=curve,
     )
     records = map(json.loads, curve.read_text(encoding="utf-8").splitlines())
-    return adapter, min(r["validation_loss"] for r in records if "validation_loss" in r)
+    loss, step = min((r["validation_loss"], r["step"]) for r in records if "validation_loss" in r)
+    return adapter, loss, step
 
 
 def few_scans(emulator: Emulator) -> Emulator:
