@@ -111,6 +111,11 @@ def beside(published: Published, measured: Measured, model: Model) -> str:
     entries = published.find(model=model)
     used = dict.fromkeys(entry.source for entry in entries if entry.source)
     sources = [_source(key, published.sources[key]) for key in used]
+    sources += [
+        f"- {entry.system}, {entry.setting}, {entry.task}: {entry.note}"
+        for entry in entries
+        if entry.note
+    ]
     protocol = [_line("protocol", "published", "ours"), _line(*["---"] * 3)]
     protocol += [_line(*row) for row in _protocol(measured, model)]
     parts = [[_HEADING.format(model)], _table(entries, measured), sources, protocol]
@@ -188,7 +193,13 @@ def _protocol(measured: Measured, model: Model) -> Iterator[tuple[str, str, str]
     yield "measured by", "lm-eval 0.3 or older", _each(measured, _versions)
     yield "seeds", "1", _each(measured, lambda result: len(result["settings"]["seeds"]))
     yield "BOS before a prompt", "no", _by_task(measured, "protocol", "bos")
-    for title, key in (("text", "preset"), ("split measured", "split"), ("items", "items")):
+    for title, key in (
+        ("text", "preset"),
+        ("split measured", "split"),
+        ("items", "items"),
+        ("rows without an answer to learn", "left_out"),
+        ("prompts that lost their beginning", "cut"),
+    ):
         yield title, "as below" if key == "split" else "-", _by_task(measured, "protocol", key)
     for key in ("draws", "rates", "split", "compute_dtype"):
         yield (

@@ -65,6 +65,7 @@ class Entry:
         metric: accuracy in percent, points of it, or perplexity.
         value: None where no source could be read.
         source: key of the source; None where there is no value.
+        note: what the source leaves open; may be left out.
     """
 
     model: Model
@@ -74,6 +75,7 @@ class Entry:
     metric: Metric
     value: float | None
     source: str | None
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +135,11 @@ def load_published(path: Path = PATH) -> Published:
 
 
 def _record(kind: type, value: Any, where: str) -> Any:
-    names = tuple(field.name for field in dataclasses.fields(kind))
-    _check_keys(value, names, where)
-    for field in dataclasses.fields(kind):
+    fields = dataclasses.fields(kind)
+    optional = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    value = optional | value if isinstance(value, dict) else value
+    _check_keys(value, tuple(field.name for field in fields), where)
+    for field in fields:
         known = get_args(field.type)
         if getattr(field.type, "__origin__", None) is Literal and value[field.name] not in known:
             raise InputError(
@@ -177,7 +181,8 @@ def table(published: Published) -> str:
     lines = ["| model | system | setting | task | value | source |", "|---|---|---|---|---:|---|"]
     for entry in published.entries:
         value = "not available" if entry.value is None else f"{entry.value:g}"
-        cells = (entry.model, entry.system, entry.setting, entry.task, value, entry.source or "")
+        source = ": ".join(filter(None, (entry.source, entry.note)))
+        cells = (entry.model, entry.system, entry.setting, entry.task, value, source)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([published.protocol, "", *lines])
 

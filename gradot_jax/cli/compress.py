@@ -83,7 +83,7 @@ class Compress(OnDevices):
         from gradot_jax.offsite.compress import run_compression
         from gradot_jax.offsite.digest import base_digest
         from gradot_jax.offsite.fidelity import gradient_fidelity
-        from gradot_jax.offsite.owner import save_owner
+        from gradot_jax.offsite.owner import BUNDLE_DIGEST, save_owner
         from gradot_jax.offsite.split import AdapterSpec
 
         mesh = self.device_mesh()
@@ -123,7 +123,7 @@ class Compress(OnDevices):
             "environment": environment(),
         }
         with output_folder(self.out, overwrite=self.overwrite) as out:
-            save_bundle(
+            calibration[BUNDLE_DIGEST] = save_bundle(
                 out / "bundle",
                 config,
                 result.emulator,

@@ -87,6 +87,10 @@ class Evaluate(OnDevices):
             raise InputError(
                 "--lm-eval-include, --lm-eval-bos, --num-fewshot and --limit go with --lm-eval"
             )
+        if self.revision is not None and self.bundle is not None:
+            raise InputError("--revision goes with --model; a bundle is a local folder")
+        if self.out.is_dir():
+            raise InputError(f"{self.out}: a folder, expected the name of a JSON file")
         if self.out.exists() and not self.overwrite:
             raise InputError(f"{self.out}: exists; --overwrite replaces it")
 

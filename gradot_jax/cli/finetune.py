@@ -7,6 +7,19 @@ from typing import Literal
 from gradot_jax.cli.common import OnDevices, check_new, fit_batch
 from gradot_jax.errors import InputError
 
+_SETTINGS = (
+    "num_steps",
+    "accumulate",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "clip_norm",
+    "seed",
+    "dtype",
+)
+"""What a resumed run must agree on, besides bundle and data."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finetune(OnDevices):
@@ -77,6 +90,7 @@ class Finetune(OnDevices):
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
         from gradot_jax.offsite.adapter_file import save_adapter
         from gradot_jax.offsite.bundle import load_bundle
+        from gradot_jax.offsite.checkpoint import tree_digest
         from gradot_jax.offsite.finetune import finetune_adapter
         from gradot_jax.offsite.optimizer import make_optimizer
 
@@ -117,6 +131,11 @@ class Finetune(OnDevices):
             remat=self.remat,
             mesh=mesh,
             checkpoints=self.out / "checkpoints",
+            settings={
+                **{name: getattr(self, name) for name in _SETTINGS},
+                "batch_size": batch_size,
+                "train": tree_digest(examples),
+            },
             resume=self.resume,
             metrics_path=self.out / "metrics.jsonl",
             progress=True,

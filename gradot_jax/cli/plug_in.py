@@ -10,15 +10,18 @@ from gradot_jax.cli.common import Debuggable, check_new
 class PlugIn(Debuggable):
     """Puts a tuned adapter around the original middle and writes a Hugging Face checkpoint.
 
-    An adapter of another model or split is refused. How far each block has moved is printed,
+    An adapter of another model or split is refused, and with --owner one that was tuned in another
+    bundle than the one shipped. How far each block has moved is printed,
     for the owner to judge.
 
-    Example: gradot plug-in --model facebook/opt-1.3b --adapter tuned/adapter --out opt-1.3b-tuned
+    Example: gradot plug-in --model facebook/opt-1.3b --adapter tuned/adapter --owner
+    opt-1.3b-offsite/owner --out opt-1.3b-tuned
 
     Attributes:
         model: the original: a checkpoint folder, or an id on the Hugging Face Hub.
         adapter: folder that the data owner returned.
         out: folder to make.
+        owner: what compress wrote beside the bundle, to keep.
         revision: branch, tag or commit on the Hub.
         overwrite: replace an existing folder.
     """
@@ -26,6 +29,7 @@ class PlugIn(Debuggable):
     model: str
     adapter: Path
     out: Path
+    owner: Path | None = None
     revision: str | None = None
     overwrite: bool = False
 
@@ -34,12 +38,18 @@ class PlugIn(Debuggable):
         check_new(self.out, overwrite=self.overwrite)
         from gradot_jax.models.opt.hf import checkpoint_folder, load_opt, save_opt
         from gradot_jax.offsite.adapter_file import adapter_report, check_adapter, load_adapter
+        from gradot_jax.offsite.owner import load_bundle_digest, load_plan
         from gradot_jax.offsite.plug_in import plug_in
+        from gradot_jax.offsite.split import AdapterSpec
 
         folder = checkpoint_folder(self.model, self.revision)
         config, params = load_opt(folder, dtype=None)
         adapter, manifest = load_adapter(self.adapter, config)
-        check_adapter(manifest, config, params)
+        spec, digest = None, None
+        if self.owner is not None:
+            plan, digest = load_plan(self.owner), load_bundle_digest(self.owner)
+            spec = AdapterSpec(plan.num_bottom, plan.num_top, plan.inner)
+        check_adapter(manifest, config, params, spec=spec, emulator_digest=digest)
         for change in adapter_report(config, params, adapter):
             print(
                 f"layer {change.layer}: moved by {change.relative:.2%} of its norm, "

@@ -24,7 +24,7 @@ from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
 from gradot_jax.offsite.bundle import load_bundle, save_bundle
 from gradot_jax.offsite.checkpoint import tree_digest
 from gradot_jax.offsite.compress import Compression, run_compression
-from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.fidelity import gradient_fidelity
 
 
@@ -42,7 +42,7 @@ class CompressionCell:
         self._bed, self._store, self._subject = bed, store, subject
         self._options = variant_options(subject, bed.training)
         self._batches = list(bed.calibration(subject.draw or 0))
-        self._emulator: Emulator | None = None
+        self._emulator: SplitModel | None = None
         self.settings: Mapping[str, Any] = {
             "cell": "compression",
             "model": model,
@@ -70,7 +70,7 @@ class CompressionCell:
         """
         return self._store.get(self._name, self.settings, self._compress)
 
-    def emulator(self) -> Emulator:
+    def emulator(self) -> SplitModel:
         """The emulator as the data owner loads it."""
         if self._emulator is None:
             if not self.bundle.is_dir():

@@ -12,8 +12,7 @@ from gradot_jax.comparison.task import Task
 from gradot_jax.comparison.testbed import Testbed
 from gradot_jax.comparison.tuning import tune
 from gradot_jax.comparison.variants import REFERENCES, Subject
-from gradot_jax.offsite.checkpoint import tree_digest
-from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.finetune import DivergenceError
 from gradot_jax.offsite.plug_in import plug_in
 from gradot_jax.offsite.split import Adapter
@@ -54,7 +53,7 @@ class Job(NamedTuple):
     subject: Subject
     task: Task
     origin: Mapping[str, Any]
-    emulator: Callable[[], Emulator]
+    emulator: Callable[[], SplitModel]
 
     @property
     def name(self) -> str:
@@ -152,8 +151,9 @@ def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) ->
         tuned: the run itself, where it was made already.
 
     Returns:
-        `development_loss`, `best_step`, `seconds`, and metrics by name: `full_finetuned` of a reference, else
-        `emulator_finetuned` and `plug_in`. A run that diverges has `nan` for its metric.
+        `development_loss`, `best_step`, `seconds`, and metrics by name: `full_finetuned` of a
+        reference, else `emulator_finetuned` and `plug_in`. A run that diverges has `nan` for its
+        metric.
     """
     settings = {"cell": "run", **job.settings, "seed": seed, "factor": factor}
     return job.store.get(

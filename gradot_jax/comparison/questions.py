@@ -1,19 +1,20 @@
 """The papers' question sets on any OPT checkpoint, as a comparison takes them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradot_jax.comparison.task import FineTuning, Measure, Task, Validity
 from gradot_jax.comparison.testbed import Testbed
 from gradot_jax.data.examples import eval_batches, take
-from gradot_jax.data.records import TextRecords
-from gradot_jax.data.tasks import Preset, QATask, load_task, task_examples
+from gradot_jax.data.records import ItemRecords, TextRecords
+from gradot_jax.data.tasks import TASKS, Preset, QATask, load_task, task_examples
 from gradot_jax.errors import InputError
-from gradot_jax.evaluation.multiple_choice import accepted_match, multiple_choice
+from gradot_jax.evaluation.multiple_choice import accepted_match, choice_accuracy, tokenise
 from gradot_jax.evaluation.perplexity import perplexity
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
@@ -21,6 +22,7 @@ from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.checkpoint import tree_digest
 
 _HELD_OUT = 32
+_TEXT_BOS = {"paper": "every line", "corrected": "every document"}
 _VALIDITY = {
     "perplexity": Validity(gain=0.1, loss=0.1),
     "accuracy": Validity(gain=3, loss=3),
@@ -54,14 +56,28 @@ def question_tasks(
         epochs: passes over the training part, instead of the steps of `tuning`.
 
     Raises:
-        InputError: when a task cannot be read, or has fewer examples than a training batch.
+        InputError: when a task has no folder or cannot be read, or has fewer examples than a
+            training batch.
     """
     tasks = []
     for name in names:
-        folder = data / name if data is not None and (data / name).is_dir() else data
+        folder = None if data is None else _folder(data, name, alone=len(names) == 1)
         loaded = load_task(name, preset=preset, data=folder, limit=limit)
         tasks.append(_task(loaded, config, tokenizer, tuning, batch_size, epochs))
     return tuple(tasks)
+
+
+def _folder(data: Path, name: str, *, alone: bool) -> Path:
+    """Where a task's data is: in a folder of its name, or all there is."""
+    if (data / name).is_dir():
+        return data / name
+    found = [other for other in TASKS if (data / other).is_dir()]
+    if data.is_dir() and (found or not alone):
+        raise InputError(
+            f"{data / name}: no such folder, expected the data of {name}; {data} has folders of "
+            f"{', '.join(found) or 'no task'}"
+        )
+    return data
 
 
 def question_testbed(
@@ -77,7 +93,9 @@ def question_testbed(
 ) -> Testbed:
     """A testbed whose draws are random rows of one set of calibration examples.
 
-    Gradients are compared on the last rows, which no draw takes, where there are enough.
+    Gradients are compared on the last rows, which no draw takes, where there are enough. A draw
+    after the first is refused where fewer than two draws' rows are left: it would be much the
+    same rows again.
 
     Args:
         name: of the model.
@@ -110,68 +128,106 @@ def _draws(
     rows = min(num_sequences, count) // batch_size * batch_size
 
     def draw(seed: int) -> list[Batch]:
+        if seed and count < 2 * rows:
+            raise InputError(
+                f"draw {seed} of the calibration text: there are {count} sequences to draw {rows} "
+                f"from, expected at least {2 * rows}; give more text or fewer sequences"
+            )
         order = np.random.default_rng(seed).permutation(count)
         return list(eval_batches(take(examples, order[:rows]), batch_size))
 
     return draw
 
 
+class _Report(NamedTuple):
+    """The part to report on.
+
+    Attributes:
+        measure: a model's metrics on it.
+        digest: of its tokens and of the right answers.
+        bos: what begins with `bos_token_id`.
+        num_cut: prompts that lost their beginning.
+    """
+
+    measure: Measure
+    digest: str
+    bos: str | bool
+    num_cut: int
+
+
 def _task(
-    task: QATask, config, tokenizer, tuning: FineTuning, batch_size: int, epochs: float | None
+    task: QATask,
+    config: OPTConfig,
+    tokenizer,
+    tuning: FineTuning,
+    batch_size: int,
+    epochs: float | None,
 ) -> Task:
-    limits = {"bos_id": config.bos_token_id, "eos_id": config.eos_token_id}
-    limits["longest"] = config.max_position_embeddings
-    train, development = (
-        task_examples(task, records, tokenizer, **limits)[0]
-        for records in (task.train, task.validation)
+    read = functools.partial(
+        task_examples,
+        task,
+        tokenizer=tokenizer,
+        bos_id=config.bos_token_id,
+        eos_id=config.eos_token_id,
+        longest=config.max_position_embeddings,
     )
-    if len(train.input_ids) < tuning.batch_size:
-        raise InputError(
-            f"{task.name}: {len(train.input_ids)} examples to train on do not fill a batch of "
-            f"{tuning.batch_size}; give a smaller batch_size"
-        )
-    if epochs is not None:
-        steps = max(round(epochs * (len(train.input_ids) // tuning.batch_size)), 1)
-        tuning = dataclasses.replace(tuning, steps=steps, warmup=min(tuning.warmup, steps - 1))
-    measure, digest = _measure(task, config, tokenizer, batch_size)
+    (train, cut), (development, cut_too) = read(task.train), read(task.validation)
+    if isinstance(task.report, TextRecords):
+        report = _text_report(read(task.report)[0], _TEXT_BOS[task.preset], batch_size)
+    else:
+        report = _question_report(task, task.report, config, tokenizer, batch_size)
     percent = "" if task.metric == "perplexity" else " %"
     return Task(
         name=task.name,
         label=f"{task.name} ({task.preset}), {task.metric.replace('_', ' ')}{percent}",
         metric=task.metric,
         higher_is_better=task.metric != "perplexity",
-        tuning=tuning,
+        tuning=_tuning(tuning, len(train.input_ids), epochs, task.name),
         train=train,
         development=development,
-        measure=measure,
-        test_digest=digest,
+        measure=report.measure,
+        test_digest=report.digest,
         validity=_VALIDITY[task.metric],
         evaluation_batch=min(batch_size, len(development.input_ids)),
         protocol={
             "preset": task.preset,
             "split": task.splits.report,
             "items": len(task.report.records),
-            "bos": task.report_bos,
+            "bos": report.bos,
+            "left_out": task.num_left_out,
+            "cut": {"train": cut, "development": cut_too, "report": report.num_cut},
         },
     )
 
 
-def _measure(task: QATask, config, tokenizer, batch_size: int) -> tuple[Measure, str]:
-    """How the report part is measured, and a digest of it and of how."""
-    if isinstance(task.report, TextRecords):
-        limits = {"bos_id": config.bos_token_id, "eos_id": config.eos_token_id}
-        limits["longest"] = config.max_position_embeddings
-        windows, _ = task_examples(task, task.report, tokenizer, **limits)
+def _tuning(tuning: FineTuning, count: int, epochs: float | None, name: str) -> FineTuning:
+    """Settings for `count` examples, with the steps of so many passes over them."""
+    if count < tuning.batch_size:
+        raise InputError(
+            f"{name}: {count} examples to train on do not fill a batch of {tuning.batch_size}; "
+            "give a smaller batch_size"
+        )
+    if epochs is None:
+        return tuning
+    steps = max(round(epochs * (count // tuning.batch_size)), 1)
+    return dataclasses.replace(tuning, steps=steps, warmup=min(tuning.warmup, steps - 1))
 
-        def by_perplexity(config: OPTConfig, params: Params) -> dict[str, float]:
-            batches = eval_batches(windows, batch_size)
-            return {"perplexity": perplexity(config, params, batches).perplexity}
 
-        return by_perplexity, tree_digest(windows)
-    records, settings = task.report, {"batch_size": batch_size, "bos": task.report_bos}
+def _text_report(windows: Batch, bos: str, batch_size: int) -> _Report:
+    def measure(config: OPTConfig, params: Params) -> dict[str, float]:
+        batches = eval_batches(windows, batch_size)
+        return {"perplexity": perplexity(config, params, batches).perplexity}
+
+    return _Report(measure, tree_digest(windows), bos, 0)
+
+
+def _question_report(
+    task: QATask, records: ItemRecords, config: OPTConfig, tokenizer, batch_size: int
+) -> _Report:
+    questions = tokenise(config, tokenizer, records, bos=task.report_bos)
 
     def by_accuracy(config: OPTConfig, params: Params) -> dict[str, float]:
-        score = multiple_choice(config, params, tokenizer, records, **settings)
+        score = choice_accuracy(config, params, questions, batch_size=batch_size)
         return {
             "accuracy": 100 * score.accuracy,
             "accuracy_normalised": 100 * score.accuracy_normalised,
@@ -179,11 +235,13 @@ def _measure(task: QATask, config, tokenizer, batch_size: int) -> tuple[Measure,
         }
 
     def by_exact_match(config: OPTConfig, params: Params) -> dict[str, float]:
-        score = accepted_match(config, params, tokenizer, records, **settings)
+        score = accepted_match(config, params, questions, batch_size=batch_size)
         return {
             "exact_match": 100 * score.exact_match,
             "answer_log_likelihood": score.log_likelihood,
         }
 
     measure = by_accuracy if task.metric == "accuracy" else by_exact_match
-    return measure, f"{records.digest} bos {task.report_bos}"
+    # The tokens tell another tokenizer, the records another right answer.
+    digest = f"{records.digest} {tree_digest(questions.examples)}"
+    return _Report(measure, digest, task.report_bos, questions.num_truncated)

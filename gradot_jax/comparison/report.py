@@ -56,7 +56,8 @@ def report(result: Mapping[str, Any]) -> str:
         better = "higher" if task["higher_is_better"] else "lower"
         rows = select(summary, task=name)
         parts.append(f"**{task['label']}** ({better} is better)\n\n{task_table(rows)}")
-        if untuned := [f"{_label(r)} ({r['untuned']} of {r['runs']})" for r in rows if r["untuned"]]:
+        untuned = [f"{_label(r)} ({r['untuned']} of {r['runs']})" for r in rows if r["untuned"]]
+        if untuned:
             parts.append(
                 "Tuning improved no development loss, so the adapter is as it was shipped: "
                 + ", ".join(untuned)

@@ -29,7 +29,7 @@ from gradot_jax.comparison.variants import FULL, REFERENCES, Subject, subjects
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment
 from gradot_jax.offsite.checkpoint import tree_digest
-from gradot_jax.offsite.emulator import Emulator, original_emulator
+from gradot_jax.offsite.emulator import SplitModel, split_model
 from gradot_jax.offsite.finetune import DivergenceError
 
 logger = logging.getLogger("gradot_jax")
@@ -178,14 +178,14 @@ class _Bench:
             jax.clear_caches()
             self._resident = resident_bytes()
 
-    def _reference(self, subject: Subject) -> Emulator:
+    def _reference(self, subject: Subject) -> SplitModel:
         bed = self._bed
         if subject.method == FULL:
-            return original_emulator(bed.params, bed.split)
+            return split_model(bed.params, bed.split)
         return all_blocks(bed.params)
 
     def _run_tasks(
-        self, subject: Subject, origin: Mapping[str, Any], emulator: Callable[[], Emulator]
+        self, subject: Subject, origin: Mapping[str, Any], emulator: Callable[[], SplitModel]
     ) -> None:
         curves = self._out / "curves"
         for task in self._bed.tasks:
@@ -233,7 +233,7 @@ class _Bench:
     def _original(self, task: Task) -> dict[str, float]:
         subject = Subject("original")
         origin, curves = {"model": self._model}, self._out / "curves"
-        full = partial(original_emulator, self._bed.params, self._bed.split)
+        full = partial(split_model, self._bed.params, self._bed.split)
         return zero_shot(Job(self._bed, self._store, curves, subject, task, origin, full))
 
 

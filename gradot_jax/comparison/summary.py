@@ -111,7 +111,7 @@ def _values(rows: Sequence[Mapping[str, Any]], quantity: str, metric: str) -> li
 
 
 def _observations(values: Mapping[tuple[Any, Any], float]) -> list[float]:
-    """Values by (seed, draw) as independent observations: means of draws where there are several."""
+    """Independent observations of values by (seed, draw): means of draws where there are some."""
     draws: dict[Any, list[float]] = {}
     for (_, draw), value in values.items():
         draws.setdefault(draw, []).append(value)

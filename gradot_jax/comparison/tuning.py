@@ -20,7 +20,7 @@ from gradot_jax.models.opt.params import (
     slice_blocks,
     unstack_blocks,
 )
-from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.finetune import finetune_adapter
 from gradot_jax.offsite.optimizer import make_optimizer
 from gradot_jax.offsite.split import Adapter
@@ -71,7 +71,7 @@ def _optimizer(tuning: FineTuning) -> optax.GradientTransformation:
 
 
 def tune(
-    bed: Testbed, emulator: Emulator, task: Task, *, seed: int, factor: float, curve: Path
+    bed: Testbed, emulator: SplitModel, task: Task, *, seed: int, factor: float, curve: Path
 ) -> tuple[Adapter, float, int]:
     """Tunes the adapter of an emulator on a task.
 
@@ -107,7 +107,7 @@ def tune(
     return adapter, loss, step
 
 
-def few_scans(emulator: Emulator) -> Emulator:
+def few_scans(emulator: SplitModel) -> SplitModel:
     """The same function in fewer segments, filled up with zeros: less to compile."""
     middle, ends = [], []
     for start, stop in pairwise((0, *emulator.inner_after, len(emulator.middle))):
@@ -118,9 +118,9 @@ def few_scans(emulator: Emulator) -> Emulator:
     return emulator.replace(middle=tuple(middle), inner_after=tuple(ends[:-1]))
 
 
-def all_blocks(params: Params) -> Emulator:
+def all_blocks(params: Params) -> SplitModel:
     """The full model with every block in the adapter, to train all of them."""
     blocks = concatenate_blocks(params.segments)
     count = params.num_layers
     adapter = Adapter(bottom=blocks, top=slice_blocks(blocks, count, count))
-    return Emulator(params.shell, jax.tree.map(jnp.asarray, adapter), ())
+    return SplitModel(params.shell, jax.tree.map(jnp.asarray, adapter), ())

@@ -48,7 +48,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "crash": ("crash",),
     "scaleot": ("scaleot",),
 }
-"""Which methods read an option; all read those that are not named."""
+"""Which methods read an option; those that are not named are for all, needed or not."""
 
 
 def _check_at_least(where: str, options: object, least: float, *names: str) -> None:
@@ -56,6 +56,11 @@ def _check_at_least(where: str, options: object, least: float, *names: str) -> N
         value = getattr(options, name)
         if not least <= value < math.inf:
             raise InputError(f"{where}.{name} must be at least {least}, got {value}")
+
+
+def _check_rate(where: str, rate: float) -> None:
+    if not 0 < rate < math.inf:
+        raise InputError(f"{where}.learning_rate must be positive and finite, got {rate}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,12 @@ class DistillationOptions:
         _check_at_least("distillation", self, 1, "steps")
         _check_at_least("distillation", self, 0, "warmup_steps", "weight_decay")
         _check_at_least("distillation", self, 0, "lm_weight", "kd_weight")
+        _check_rate("distillation", self.learning_rate)
+        if not (self.lm_weight or self.kd_weight):
+            raise InputError(
+                "distillation.lm_weight and distillation.kd_weight are both 0: nothing is left to "
+                "train on"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +134,7 @@ class ScaleOTOptions:
         _check_at_least("scaleot", self, 1, "steps", "harmonizer_rank")
         _check_at_least("scaleot", self, 2, "group_size", "num_networks")
         _check_at_least("scaleot", self, 0, "importance_rate", "rank_removed")
+        _check_rate("scaleot", self.learning_rate)
         if self.rank_removed >= 1:
             raise InputError(f"scaleot.rank_removed must lie in [0, 1), got {self.rank_removed}")
 
@@ -247,7 +259,7 @@ class CompressionOptions:
 
     @property
     def reads_factors(self) -> bool:
-        """Whether calibration text is read at all."""
+        """Whether Kronecker factors are read."""
         return self.method in ("gradot", "activation-svd") or self.compensates
 
 

@@ -75,7 +75,7 @@ class HarmonizerPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The outcome of a compression, from which the emulator can be rebuilt.
+    """What a compression kept, and where; with shapes enough to rebuild the emulator's arrays.
 
     Attributes:
         method: name of the compression method.

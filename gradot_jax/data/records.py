@@ -4,6 +4,7 @@ The fields of the records decide their kind: `text`; `prompt` and `completion`; 
 `choices` and `answer`. Other fields are ignored.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -218,10 +219,34 @@ def load_table(
         InputError: when it cannot be loaded.
     """
     import datasets
+
+    with _refusing(where, hint):
+        return datasets.load_dataset(path, config, split=split)
+
+
+def configurations(folder: str | Path, *, where: str, hint: str) -> list[str]:
+    """Configurations that a folder of data files declares; `default` where it declares none.
+
+    Args:
+        folder: of data files.
+        where: names the data in errors.
+        hint: what else a user may do, for errors.
+
+    Raises:
+        InputError: when it has no data files, or its card cannot be read.
+    """
+    import datasets
+
+    with _refusing(where, hint):
+        return datasets.get_dataset_config_names(str(folder))
+
+
+@contextlib.contextmanager
+def _refusing(where: str, hint: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(path, config, split=split)
+        yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise InputError(f"{where}: cannot be loaded as a data set: {reason} ({hint})") from None

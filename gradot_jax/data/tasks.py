@@ -31,6 +31,7 @@ from gradot_jax.data.records import (
     Prompt,
     PromptRecords,
     TextRecords,
+    configurations,
     load_table,
 )
 from gradot_jax.errors import InputError
@@ -42,6 +43,9 @@ Metric = Literal["accuracy", "exact_match", "perplexity"]
 
 _PROCESSES = 88
 """Processes by which the published runs prepared WikiText-2."""
+_NO_CONFIG = "default"
+_FOLDERS = {"data", "train", "validation", "test"}
+"""Where the files of a single configuration may lie; those in any other folder are another's."""
 
 
 class Splits(NamedTuple):
@@ -205,8 +209,8 @@ def load_task(
         limit: most records of each part; None for all.
 
     Raises:
-        InputError: for an unknown name or preset, data that cannot be read, a column that is
-            missing, or a row that is malformed.
+        InputError: for an unknown name or preset, data that cannot be read or is of another
+            configuration, a column that is missing, or a row that is malformed.
     """
     _check_choice("task", name, tuple(TASKS))
     _check_choice("preset", preset, get_args(Preset))
@@ -281,8 +285,10 @@ def _read(
 ) -> tuple[tuple, str]:
     """Questions or documents of one part, and its label."""
     task, label = TASKS[name], f"{name} {split}"
-    path, config = (task.hub_id, task.config) if data is None else _folder(data, task.config)
     hint = f"a local folder laid out as {task.hub_id} needs no network"
+    path, config = task.hub_id, task.config
+    if data is not None:
+        path, config = _folder(Path(data), task.config, label, hint)
     table = load_table(path, config, split, where=label, hint=hint)
     missing = [column for column in task.columns if column not in table.column_names]
     if missing:
@@ -298,16 +304,32 @@ def _read(
     return read, label
 
 
-def _folder(data: str | Path, config: str | None) -> tuple[str, str | None]:
+def _folder(folder: Path, config: str | None, label: str, hint: str) -> tuple[str, str | None]:
     """The folder of one configuration, or a copy of the whole data set and its configuration."""
-    import datasets
-
-    folder = Path(data)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected one with the data of a task")
-    if config is None or config in datasets.get_dataset_config_names(str(folder)):
+    if config is None:
+        return str(folder), None
+    declared = configurations(folder, where=label, hint=hint)
+    if config in declared:
         return str(folder), config
-    return str(folder / config if (folder / config).is_dir() else folder), None
+    if (folder / config).is_dir():
+        return str(folder / config), None
+    # Files in folders of any name would be read as well, whatever they are of.
+    others = sorted({*declared, *_foreign_folders(folder)} - {_NO_CONFIG})
+    if others:
+        raise InputError(
+            f"{label}: {folder} has data of {', '.join(others)}, expected the configuration "
+            f"{config}, in a folder of that name or alone"
+        )
+    return str(folder), None
+
+
+def _foreign_folders(folder: Path) -> set[str]:
+    """Subfolders with files, save those in which the one configuration of a folder may lie."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    visible = (file for file in files if not any(part.startswith(".") for part in file.parts))
+    return {part for file in visible for part in file.parts[:-1]} - _FOLDERS
 
 
 def _to_learn(

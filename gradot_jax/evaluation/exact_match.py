@@ -1,6 +1,7 @@
 """Exact match of completions under teacher forcing."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import jax
@@ -18,7 +19,7 @@ class ExactMatch:
     """Result of `exact_match`.
 
     Attributes:
-        exact_match: share of examples, 0 to 1.
+        exact_match: share of examples, 0 to 1; NaN where a log-likelihood is.
         log_likelihood: of the completion, nats, mean over examples.
         num_examples: examples with at least one counted token.
     """
@@ -51,4 +52,10 @@ def exact_match(config: OPTConfig, params: Params, batches: Iterable[Batch]) -> 
         count += int(real.sum())
     if not count:
         raise InputError("exact match: no token counts in any batch")
-    return ExactMatch(matches / count, total / count, count)
+    return matched(matches, total, count)
+
+
+def matched(matches: int, log_likelihood: float, count: int) -> ExactMatch:
+    """Sums over `count` examples as their means; a model that has diverged matches NaN of them."""
+    share = math.nan if math.isnan(log_likelihood) else matches / count
+    return ExactMatch(share, log_likelihood / count, count)

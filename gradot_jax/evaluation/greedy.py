@@ -24,11 +24,12 @@ def next_tokens(
         counts: `[B]`, tokens of each sequence, at least 1.
 
     Returns:
-        `[B]` token ids.
+        `[B]` token ids; -1 where the model's logits are not numbers, so that none is likeliest.
     """
     mask = jnp.arange(input_ids.shape[1])[None] < counts[:, None]
     logits = forward(config, params, input_ids, mask.astype(jnp.int32))
-    return jnp.take_along_axis(logits, counts[:, None, None] - 1, axis=1)[:, 0].argmax(-1)
+    last = jnp.take_along_axis(logits, counts[:, None, None] - 1, axis=1)[:, 0]
+    return jnp.where(jnp.isnan(last).any(-1), -1, last.argmax(-1))
 
 
 class Completion:

@@ -35,6 +35,7 @@ asked the tokenizer since; published offsite-tuning results were measured withou
 
 _SHORTEST = 32
 _MAX_GEN_TOKS = 256
+_DIVERGED = "the model's logits are not numbers, it has diverged or overflows this data type"
 
 
 class _Row(NamedTuple):
@@ -126,6 +127,9 @@ class HarnessModel(TemplateLM):
 
         The windows are the harness's: disjoint, of `max_length` tokens, the first begun by
         `prefix_token_id` and the last one given as much context as fits.
+
+        Raises:
+            InputError: when one is NaN.
         """
         pairs, owners = [], []
         for owner, request in enumerate(requests):
@@ -142,13 +146,19 @@ class HarnessModel(TemplateLM):
         for owner, (log_likelihood, _) in zip(owners, scores, strict=True):
             totals[owner] += log_likelihood
         for request, total in zip(requests, totals, strict=True):
+            _check_number(total, f"the text {_shown(request.args[0])}")
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and greediness of each `(key, context ids, continuation ids)`."""
+        """Log-likelihood and greediness of each `(key, context ids, continuation ids)`.
+
+        Raises:
+            InputError: when a continuation does not fit, or its log-likelihood is NaN: the harness
+                would take the first of several answers for the likeliest.
+        """
         del kwargs
         rows = [self._row(*request) for request in requests]
         answers: list[tuple[float, bool]] = [(math.nan, False)] * len(rows)
@@ -157,12 +167,13 @@ class HarnessModel(TemplateLM):
             answers[index] = answer
             key = requests[index][0]
             if key is not None:
+                _check_number(answer[0], f"{_shown(key[1])} after {key[0][-60:]!r}")
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
 
     def _row(self, key, context: list[int], continuation: list[int]) -> _Row:
         if not 1 <= len(continuation) <= self.max_length:
-            text = "a text" if key is None else repr(key[1][:60])
+            text = "a text" if key is None else _shown(key[1])
             raise InputError(
                 f"the continuation {text} has {len(continuation)} tokens, expected 1 to the "
                 f"sequence length {self.max_length}"
@@ -206,7 +217,8 @@ class HarnessModel(TemplateLM):
         The whole sequence is read anew for every token: meant for short answers.
 
         Raises:
-            InputError: when a task asks for samples, or for more tokens than the model takes.
+            InputError: when a task asks for samples, or for more tokens than the model takes, or
+                the model's logits are NaN.
         """
         jobs = [self._completion(*request.args) for request in requests]
         order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].ids))
@@ -228,6 +240,9 @@ class HarnessModel(TemplateLM):
             inputs = self._put((ids, counts))
             tokens = jax.device_get(next_tokens(self.config, self.params, *inputs))
             for row, job in active:
+                if tokens[row] < 0:
+                    text = self.tokenizer.decode(job.ids)[-60:]
+                    raise InputError(f"no token is likeliest after {text!r}: {_DIVERGED}")
                 job.append(int(tokens[row]))
 
     def _completion(self, prompt: str, settings: dict[str, Any]) -> Completion:
@@ -248,6 +263,15 @@ class HarnessModel(TemplateLM):
             end_id=self.eot_token_id,
             decode=self.tokenizer.decode,
         )
+
+
+def _check_number(log_likelihood: float, text: str) -> None:
+    if math.isnan(log_likelihood):
+        raise InputError(f"the log-likelihood of {text} is NaN: {_DIVERGED}")
+
+
+def _shown(text: str) -> str:
+    return repr(text[:60])
 
 
 def _tokens_in_front(tokenizer) -> list[int]:

@@ -1,21 +1,41 @@
 """Multiple choice and exact match by the log-likelihood of each candidate answer."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from gradot_jax.data.examples import choice_examples, eval_batches
-from gradot_jax.data.records import ChoiceRecords, ItemRecords
-from gradot_jax.evaluation.exact_match import ExactMatch
+from gradot_jax.data.records import ChoiceRecords, Item, ItemRecords
+from gradot_jax.evaluation.exact_match import ExactMatch, matched
 from gradot_jax.evaluation.scores import sequence_scores
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
+from gradot_jax.nn.batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Questions as tokens: made once, however many models are measured on them.
+
+    Attributes:
+        items: prompts with their continuations.
+        examples: `[sum of the numbers of continuations, T]`, item by item.
+        num_truncated: examples whose prompt lost its beginning to the length limit.
+    """
+
+    items: tuple[Item, ...]
+    examples: Batch
+    num_truncated: int
 
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
     """Result of `multiple_choice`.
+
+    Both accuracies are NaN where any log-likelihood is: a diverged model prefers no answer.
 
     Attributes:
         accuracy: share of items whose right answer is the likeliest, 0 to 1.
@@ -59,27 +79,62 @@ def multiple_choice(
     Raises:
         InputError: when a choice does not fit the length.
     """
-    scores, num_truncated = _scores(config, params, tokenizer, records, batch_size, max_length, bos)
-    plain, normalised, gold = 0, 0, 0.0
-    for item, (likelihood, _) in zip(records.items, scores, strict=True):
+    questions = tokenise(config, tokenizer, records, max_length=max_length, bos=bos)
+    return choice_accuracy(config, params, questions, batch_size=batch_size)
+
+
+def tokenise(
+    config: OPTConfig,
+    tokenizer,
+    records: ChoiceRecords | ItemRecords,
+    *,
+    max_length: int | None = None,
+    bos: bool = True,
+) -> Questions:
+    """Questions for `choice_accuracy` and `accepted_match`.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: see `load_tokenizer`.
+        records: questions with choices.
+        max_length: tokens a row; the model's longest sequence when None.
+        bos: whether every prompt begins with `bos_token_id`.
+
+    Raises:
+        InputError: when a choice does not fit the length.
+    """
+    length = max_length or config.max_position_embeddings
+    bos_id = config.bos_token_id if bos else None
+    return Questions(records.items, *choice_examples(tokenizer, records, bos_id, length))
+
+
+def choice_accuracy(
+    config: OPTConfig, params: Params, questions: Questions, *, batch_size: int
+) -> MultipleChoice:
+    """`multiple_choice` on questions that are tokenised.
+
+    Args:
+        config: the model's configuration.
+        params: its weights, or an assembled emulator's.
+        questions: see `tokenise`.
+        batch_size: candidate answers a batch.
+    """
+    plain, normalised, gold, unknown = 0, 0, 0.0, False
+    for item, likelihood, _ in _scores(config, params, questions, batch_size):
+        # The largest of numbers one of which is NaN would be the first NaN.
+        unknown |= bool(np.isnan(likelihood).any())
         plain += int(likelihood.argmax()) in item.accepted
         # The space in front separates an answer from its prompt; it is none of its characters.
         lengths = [len(text.removeprefix(" ")) or 1 for text in item.continuations]
         normalised += int((likelihood / lengths).argmax()) in item.accepted
         gold += float(likelihood[list(item.accepted)].max())
-    count = len(records.records)
-    return MultipleChoice(plain / count, normalised / count, gold / count, count, num_truncated)
+    count = len(questions.items)
+    accuracies = (math.nan if unknown else right / count for right in (plain, normalised))
+    return MultipleChoice(*accuracies, gold / count, count, questions.num_truncated)
 
 
 def accepted_match(
-    config: OPTConfig,
-    params: Params,
-    tokenizer,
-    records: ItemRecords,
-    *,
-    batch_size: int,
-    max_length: int | None = None,
-    bos: bool = True,
+    config: OPTConfig, params: Params, questions: Questions, *, batch_size: int
 ) -> ExactMatch:
     """Share of items of which any accepted continuation is what greedy decoding gives.
 
@@ -89,38 +144,28 @@ def accepted_match(
     Args:
         config: the model's configuration.
         params: its weights, or an assembled emulator's.
-        tokenizer: see `load_tokenizer`.
-        records: prompts with the answers that are accepted.
+        questions: see `tokenise`.
         batch_size: continuations a batch.
-        max_length: tokens a row; the model's longest sequence when None.
-        bos: whether every prompt begins with `bos_token_id`.
-
-    Raises:
-        InputError: when a continuation does not fit the length.
     """
-    scores, _ = _scores(config, params, tokenizer, records, batch_size, max_length, bos)
     matches, gold = 0, 0.0
-    for item, (likelihood, exact) in zip(records.items, scores, strict=True):
+    for item, likelihood, exact in _scores(config, params, questions, batch_size):
         accepted = list(item.accepted)
         matches += bool(exact[accepted].any())
         gold += float(likelihood[accepted].max())
-    count = len(records.records)
-    return ExactMatch(matches / count, gold / count, count)
+    return matched(matches, gold, len(questions.items))
 
 
 def _scores(
-    config, params, tokenizer, records, batch_size, max_length, bos
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-    """Log-likelihoods and exactness of each item's continuations, and how many were cut."""
-    length = max_length or config.max_position_embeddings
-    bos_id = config.bos_token_id if bos else None
-    examples, num_truncated = choice_examples(tokenizer, records, bos_id, length)
+    config: OPTConfig, params: Params, questions: Questions, batch_size: int
+) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
+    """Each item with the log-likelihoods and the exactness of its continuations."""
     scores = [
         jax.device_get(sequence_scores(config, params, batch))
-        for batch in eval_batches(examples, batch_size)
+        for batch in eval_batches(questions.examples, batch_size)
     ]
     likelihood = np.concatenate([batch.log_likelihood for batch in scores]).astype(np.float64)
     exact = np.concatenate([batch.exact for batch in scores])
-    ends = np.cumsum([len(item.continuations) for item in records.items])
-    rows = zip(np.split(likelihood, ends)[:-1], np.split(exact, ends)[:-1], strict=True)
-    return list(rows), num_truncated
+    # The rest fills the last batch.
+    ends = np.cumsum([len(item.continuations) for item in questions.items])
+    likelihoods, exactness = (np.split(values, ends)[:-1] for values in (likelihood, exact))
+    return zip(questions.items, likelihoods, exactness, strict=True)

@@ -77,9 +77,9 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
     header = _read_header(path)
     header.pop("__metadata__", None)
     _open(path)
-    unknown = [name for name, entry in header.items() if entry["dtype"] not in _NUMPY_NAMES]
+    unknown = sorted(name for name, e in header.items() if e["dtype"] not in _NUMPY_NAMES)
     if unknown:
-        raise InputError(f"{path}: unknown dtype of {', '.join(sorted(unknown))}")
+        raise InputError(f"{path}: unknown dtype of {_listed(list(map(_printable, unknown)))}")
     return {
         name: TensorSpec(tuple(entry["shape"]), _NUMPY_NAMES[entry["dtype"]])
         for name, entry in header.items()
@@ -138,7 +138,7 @@ def check_specs(
     both = sorted(specs.keys() & shapes.keys())
     problems = {
         "missing": sorted(shapes.keys() - specs.keys()),
-        "unexpected": sorted(specs.keys() - shapes.keys()),
+        "unexpected": list(map(_printable, sorted(specs.keys() - shapes.keys()))),
         "wrong shape": [
             f"{name} (got {specs[name].shape}, expected {tuple(shapes[name])})"
             for name in both
@@ -148,9 +148,19 @@ def check_specs(
             f"{name} (got {specs[name].dtype})" for name in both if specs[name].dtype not in dtypes
         ],
     }
-    found = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
     if found:
         raise InputError(f"{where}: tensors differ from those expected; " + "; ".join(found))
+
+
+def _printable(name: str) -> str:
+    # A name in a file is the other party's: no control characters, and no end of it.
+    return name if name.isprintable() and len(name) <= 200 else repr(name[:200])
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 100} more" if len(names) > 100 else ""
+    return ", ".join(names[:100]) + more
 
 
 def check_finite(where: str, name: str, array: np.ndarray) -> None:

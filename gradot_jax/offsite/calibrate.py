@@ -37,6 +37,7 @@ from gradot_jax.models.opt.params import (
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
+from gradot_jax.offsite.training import place_batch
 from gradot_jax.parallel import DeviceMesh
 
 
@@ -113,9 +114,8 @@ def run_forward(
         shapes.add(batch.input_ids.shape)
         if len(shapes) > 1:
             raise InputError(f"calibration batches must have one shape, got {sorted(shapes)}")
-        batch = Batch(*(jnp.asarray(field) for field in batch))
-        if mesh is not None:
-            batch = jax.device_put(batch, mesh.batched)
+        sequences += batch.input_ids.shape[0]
+        batch = place_batch(batch, mesh)
         key = jax.random.fold_in(jax.random.key(seed), index)
         inputs, sampled, true, loss, count = _forward_batch(
             config, params.shell, adapter, middle, batch, key, fisher == "mc", true_too
@@ -127,7 +127,6 @@ def run_forward(
         masks.append(batch.attention_mask)
         total, counted = total + float(loss), counted + float(count)
         tokens += float(batch.attention_mask.sum())
-        sequences += batch.input_ids.shape[0]
     if not masks or not counted:
         raise InputError("calibration needs at least one batch with a counted token")
     if not jnp.isfinite(total / counted):

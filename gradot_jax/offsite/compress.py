@@ -25,8 +25,9 @@ class Compression(NamedTuple):
     Attributes:
         plan: stays with the owner.
         emulator: to ship.
-        scores: score terms by name, `[M, 4, K]` and `[M, F]`; stay with the owner.
-        calibration: record of the calibration (loss, tokens); stays with the owner.
+        scores: what the method scored, by name: terms of components `[M, 4, K]` and channels
+            `[M, F]`, similarities, importance; stay with the owner.
+        calibration: record of the calibration or training; stays with the owner.
     """
 
     plan: Plan
@@ -48,7 +49,8 @@ def compress(
         config: the model's configuration.
         params: the full original model.
         split: which blocks are the adapter.
-        calibration_batches: text of the owner's, of one shape; read by methods that score with it.
+        calibration_batches: text of the owner's, of one shape; read by methods that score with it
+            or train on it.
         **options: fields of `CompressionOptions`, such as `method` and `budget`.
 
     Returns:
@@ -56,6 +58,7 @@ def compress(
 
     Raises:
         InputError: for an option out of range, a split without a middle or unfit calibration.
+        DivergenceError: from methods that train.
     """
     result = run_compression(
         config, params, split, calibration_batches, CompressionOptions(**options)

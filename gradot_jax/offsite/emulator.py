@@ -27,16 +27,13 @@ middle, or None for the next inner block of the adapter."""
 
 
 @flax.struct.dataclass
-class Emulator:
-    """A compressed model as the data owner receives it.
-
-    It is no `Params`, and nothing that ships accepts a `Params`: the original cannot be shipped
-    by passing the wrong object.
+class SplitModel:
+    """A model whose adapter can be trained: an emulator, or the original as the upper bound.
 
     Attributes:
         shell: embeddings, final norm and head; frozen.
-        adapter: original blocks, to be trained.
-        middle: compressed layers in depth order; frozen.
+        adapter: blocks to be trained.
+        middle: all other layers in depth order; frozen.
         inner_after: for each inner block of the adapter, how many segments of `middle` run before
             it.
     """
@@ -47,7 +44,7 @@ class Emulator:
     inner_after: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
     def assemble(self, adapter: Adapter | None = None) -> Params:
-        """The runnable model: this emulator's middle within an adapter (its own by default)."""
+        """The runnable model: this middle within an adapter (its own by default)."""
         adapter = self.adapter if adapter is None else adapter
         segments: list[Segment] = [adapter.bottom]
         start = 0
@@ -81,6 +78,15 @@ class Emulator:
         ]
 
 
+@flax.struct.dataclass
+class Emulator(SplitModel):
+    """A compressed model as the data owner receives it.
+
+    Nothing that ships accepts a `Params` or a `SplitModel` that is no emulator: the original
+    cannot be shipped by passing the wrong object.
+    """
+
+
 def build_emulator(
     shell: Shell, adapter: Adapter, layers: Sequence[Layer], layer_map: LayerMap | None = None
 ) -> Emulator:
@@ -91,6 +97,9 @@ def build_emulator(
         adapter: of the original.
         layers: what is stored of the middle, in depth order.
         layer_map: what runs where; None runs every layer once.
+
+    Raises:
+        ValueError: when the map has not a place for each inner block of the adapter.
     """
     gaps: list[list[int]] = [[]]
     for place in range(len(layers)) if layer_map is None else layer_map:
@@ -98,6 +107,11 @@ def build_emulator(
             gaps.append([])
         else:
             gaps[-1].append(place)
+    if len(gaps) - 1 != len(adapter.inner_layers):
+        raise ValueError(
+            f"the layer map has {len(gaps) - 1} places for the {len(adapter.inner_layers)} inner "
+            "blocks of the adapter"
+        )
     middle: list[Segment] = []
     ends = []
     for gap in gaps:
@@ -118,7 +132,7 @@ def _segments(layers: Sequence[Layer], places: list[int]) -> tuple[Segment, ...]
     return tuple(shared)
 
 
-def original_emulator(params: Params, spec: AdapterSpec) -> Emulator:
+def split_model(params: Params, spec: AdapterSpec) -> SplitModel:
     """The full model in the form in which its adapter can be trained: the upper bound.
 
     Raises:
@@ -126,7 +140,7 @@ def original_emulator(params: Params, spec: AdapterSpec) -> Emulator:
     """
     adapter, middle = split_blocks(params, spec)
     if not spec.inner:
-        return Emulator(params.shell, adapter, (middle,))
+        return SplitModel(params.shell, adapter, (middle,))
     # Middle layers before the n-th inner block: all layers before it but adapter blocks.
     ends = [layer - spec.num_bottom - n for n, layer in enumerate(spec.inner)]
     bounds = [0, *ends, depth(middle)]
@@ -135,4 +149,4 @@ def original_emulator(params: Params, spec: AdapterSpec) -> Emulator:
     for start, stop in pairwise(bounds):
         pieces += [slice_blocks(middle, start, stop)] if stop > start else []
         inner_after.append(len(pieces))
-    return Emulator(params.shell, adapter, tuple(pieces), tuple(inner_after[:-1]))
+    return SplitModel(params.shell, adapter, tuple(pieces), tuple(inner_after[:-1]))

@@ -16,7 +16,7 @@ from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import summed_loss
 from gradot_jax.models.opt.params import Block, Params
 from gradot_jax.nn.batch import Batch
-from gradot_jax.offsite.emulator import Emulator, original_emulator
+from gradot_jax.offsite.emulator import SplitModel, split_model
 from gradot_jax.offsite.split import Adapter
 
 
@@ -66,7 +66,7 @@ class GradientFidelity(NamedTuple):
 
 
 def gradient_fidelity(
-    config: OPTConfig, params: Params, emulator: Emulator, batches: Iterable[Batch]
+    config: OPTConfig, params: Params, emulator: SplitModel, batches: Iterable[Batch]
 ) -> GradientFidelity:
     """Compares the adapter's gradients through an emulator and through the full model.
 
@@ -80,7 +80,7 @@ def gradient_fidelity(
         InputError: without a batch that counts a token, or when a loss is not finite.
     """
     batches = list(batches)
-    original = original_emulator(params, emulator.adapter.spec)
+    original = split_model(params, emulator.adapter.spec)
     loss, gradient = _mean_gradient(config, original, batches)
     loss_emulator, gradient_emulator = _mean_gradient(config, emulator, batches)
     bottom, top = (
@@ -111,7 +111,7 @@ def _mean_gradient(config, emulator, batches) -> tuple[float, Adapter]:
 
 
 @partial(jax.jit, static_argnames="config")
-def _summed_gradient(config: OPTConfig, emulator: Emulator, batch: Batch):
+def _summed_gradient(config: OPTConfig, emulator: SplitModel, batch: Batch):
     def loss(adapter):
         return summed_loss(config, emulator.assemble(adapter), batch)
 

@@ -1,11 +1,11 @@
 """Fine-tuning of the adapter A1, A2 within an emulator: the data owner's part.
 
 The same function trains the papers' upper bound on the owner's side: there the emulator's middle
-is the original one, `Emulator(shell, adapter, (middle,))`.
+is the original one, a `SplitModel`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.checkpoint import tree_digest
-from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.loop import DivergenceError as DivergenceError
 from gradot_jax.offsite.loop import StepMetrics, run_training
 from gradot_jax.offsite.split import Adapter
@@ -36,7 +36,7 @@ from gradot_jax.parallel import DeviceMesh
 
 def finetune_adapter(
     config: OPTConfig,
-    emulator: Emulator,
+    emulator: SplitModel,
     train_batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
     optimizer: optax.GradientTransformation,
     *,
@@ -47,6 +47,7 @@ def finetune_adapter(
     remat: bool = False,
     mesh: DeviceMesh | None = None,
     checkpoints: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     metrics_path: Path | str | None = None,
     progress: bool = False,
@@ -73,6 +74,8 @@ def finetune_adapter(
         mesh: spreads batches and weights; None runs on the default device.
         checkpoints: folder for the state of the run; with one, SIGTERM and SIGINT save before
             they stop it.
+        settings: JSON values that must be equal for a run to be resumed, besides model, emulator
+            and validation: what the optimizer and the batches were made of.
         resume: go on from the newest checkpoint, if there is one.
         metrics_path: JSON lines of `step`, `loss`, `learning_rate` and `tokens_per_second`, and
             of `step` and `validation_loss`, in nats per counted target.
@@ -101,6 +104,14 @@ def finetune_adapter(
     validate = None
     if validation is not None:
         validate = partial(_mean_loss, config, frozen, validation, mesh)
+    identity = None
+    if checkpoints is not None:
+        identity = {
+            "config": dataclasses.asdict(config),
+            "emulator": tree_digest(emulator),
+            "validation": validation and tree_digest(validation),
+            "settings": dict(settings or {}),
+        }
     return run_training(
         step,
         state,
@@ -110,16 +121,12 @@ def finetune_adapter(
         validate=validate,
         evaluate_every=evaluate_every,
         checkpoints=checkpoints,
-        identity=None if checkpoints is None else _identity(config, emulator),
+        identity=identity,
         resume=resume,
         metrics_path=metrics_path,
         progress=progress,
         description="fine-tuning",
     ).kept
-
-
-def _identity(config: OPTConfig, emulator: Emulator) -> dict[str, Any]:
-    return {"config": dataclasses.asdict(config), "emulator": tree_digest(emulator)}
 
 
 def _mean_loss(

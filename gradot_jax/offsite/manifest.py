@@ -265,11 +265,13 @@ def _layer_map(
             f"{where}: has {places.count(None)} places for inner blocks, the split has "
             f"{len(spec.inner)}"
         )
-    used = 0
+    used, before = 0, None
     for place in places:
-        if place is not None:
-            _integer(place, 0, min(used, num_stored - 1), where)
-            used = max(used, place + 1)
+        if place is not None and place != before:
+            # Each layer's places are together, so that a small bundle is a small model.
+            _integer(place, used, used, where)
+            used += 1
+        before = place
     if used != num_stored:
         raise InputError(f"{where}: uses {used} of {num_stored} stored layers")
     return tuple(places)

@@ -1,6 +1,6 @@
 """What every compression method takes and yields; each method is one file in `offsite/methods/`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -61,9 +61,6 @@ class Outcome(NamedTuple):
     split: AdapterSpec | None = None
     scores: Mapping[str, np.ndarray] = MappingProxyType({})
     calibration: Mapping[str, Any] = MappingProxyType({})
-
-
-Method = Callable[[Problem], Outcome]
 
 
 def whole_layer(config: OPTConfig, layer: int) -> LayerPlan:

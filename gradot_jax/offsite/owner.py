@@ -13,12 +13,13 @@ import numpy as np
 from gradot_jax.compression.plan import Plan
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder, regular_file
-from gradot_jax.files.strict_json import write_json
+from gradot_jax.files.strict_json import read_json, write_json
 from gradot_jax.files.tensors import write_tensors
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
 CALIBRATION_FILE = "calibration.json"
+BUNDLE_DIGEST = "bundle_digest"
 
 
 def save_owner(
@@ -35,7 +36,8 @@ def save_owner(
         path: the folder to make.
         plan: what each layer keeps.
         scores: arrays by name.
-        calibration: JSON values that record the calibration.
+        calibration: JSON values that record the calibration, and the shipped bundle's digest as
+            `bundle_digest`.
         overwrite: replace an existing folder.
 
     Raises:
@@ -45,6 +47,19 @@ def save_owner(
         (folder / PLAN_FILE).write_text(plan.to_json())
         write_tensors(folder / SCORES_FILE, scores)
         write_json(folder / CALIBRATION_FILE, dict(calibration))
+
+
+def load_bundle_digest(path: str | Path) -> str:
+    """The digest of the bundle that an owner's folder belongs to.
+
+    Raises:
+        InputError: when the folder's record is missing, damaged or names none.
+    """
+    file = regular_file(Path(path), CALIBRATION_FILE)
+    digest = read_json(file).get(BUNDLE_DIGEST)
+    if not isinstance(digest, str):
+        raise InputError(f"{file}: {BUNDLE_DIGEST} is {digest!r}, expected the digest of a bundle")
+    return digest
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -1,10 +1,11 @@
 """Plug-in: tuned adapter blocks around the original middle."""
 
 import jax
+import jax.numpy as jnp
 
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.params import Params, concatenate_blocks
-from gradot_jax.offsite.emulator import original_emulator
+from gradot_jax.offsite.emulator import split_model
 from gradot_jax.offsite.split import Adapter
 
 
@@ -19,9 +20,10 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
         A model like `params`; the adapter takes the dtype of what it replaces.
 
     Raises:
-        InputError: when the adapter's arrays do not fit the blocks that they replace.
+        InputError: when the adapter's arrays do not fit the blocks that they replace, or are not
+            finite in their dtype.
     """
-    original = original_emulator(params, adapter.spec)
+    original = split_model(params, adapter.spec)
     expected, got = _shapes(original.adapter), _shapes(adapter)
     differing = [
         f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
@@ -31,7 +33,17 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
     if differing:
         raise InputError("the adapter does not fit this model: " + "; ".join(differing[:8]))
     cast = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter, original.adapter)
+    _check_finite(cast)
     return Params(params.shell, (concatenate_blocks(original.assemble(cast).segments),))
+
+
+def _check_finite(adapter: Adapter) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(adapter)[0]:
+        if not jnp.isfinite(leaf).all():
+            raise InputError(
+                f"the adapter does not fit this model: {jax.tree_util.keystr(path)} is not finite "
+                f"in {leaf.dtype}"
+            )
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:

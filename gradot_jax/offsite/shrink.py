@@ -61,6 +61,7 @@ def shrink_layers(problem: Problem, rule_of: Callable[[int], ScoringRule]) -> Ou
         uniform = [
             uniform_counts(group, b) for group, b in zip(pools, options.budgets, strict=True)
         ]
+    _check_affordable(pools, options)
     calibration: dict[str, Any] = {}
     sweep = ((layer, None) for layer in reversed(range(num_layers)))
     if options.reads_factors:
@@ -133,6 +134,19 @@ def _check_finite(layer: int, terms: LayerTerms) -> None:
             f"layer {layer}: the scores are not finite; squares of its weights, of its activations "
             "on the calibration text or of their gradients overflow"
         )
+
+
+def _check_affordable(pools: tuple[list[Pool], list[Pool]], options: CompressionOptions) -> None:
+    """Raises InputError where even the least that may be kept is more than the budget."""
+    multiples = options.rank_multiple, options.channel_multiple
+    kinds = zip(("attention", "MLP"), pools, options.budgets, multiples, strict=True)
+    for kind, group, budget, multiple in kinds:
+        least = sum(pool.round_down(0) for pool in group) / sum(pool.cap for pool in group)
+        if least > budget + 1e-9:
+            raise InputError(
+                f"budget {budget:g} of the {kind}: with 5 % of the candidates always kept, in "
+                f"multiples of {multiple}, the least is {least:.3g}"
+            )
 
 
 def _pools(config: OPTConfig, options: CompressionOptions) -> tuple[list[Pool], list[Pool]]:

@@ -18,7 +18,7 @@ from gradot_jax.models.opt.forward import summed_loss
 from gradot_jax.models.opt.params import Segment, Shell
 from gradot_jax.models.opt.partition import param_shardings, shard_params
 from gradot_jax.nn.batch import Batch
-from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.loop import StepMetrics
 from gradot_jax.offsite.optimizer import current_learning_rate
 from gradot_jax.offsite.split import Adapter
@@ -27,7 +27,7 @@ from gradot_jax.parallel import DeviceMesh
 
 @flax.struct.dataclass
 class Frozen:
-    """What is not trained, in the dtype of the arithmetic; fields as in `Emulator`."""
+    """What is not trained, in the dtype of the arithmetic; fields as in `SplitModel`."""
 
     shell: Shell
     middle: tuple[Segment, ...]
@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
 
 
 def init_training(
-    emulator: Emulator,
+    emulator: SplitModel,
     optimizer: optax.GradientTransformation,
     *,
     compute_dtype: DTypeLike = jnp.float32,
@@ -150,7 +150,7 @@ def _adapter_loss(
     config: OPTConfig, adapter: Adapter, frozen: Frozen, batch: Batch, remat: bool
 ) -> tuple[jax.Array, jax.Array]:
     adapter = _cast(adapter, frozen.shell.embed_tokens.dtype)
-    params = Emulator(frozen.shell, adapter, frozen.middle, frozen.inner_after).assemble()
+    params = SplitModel(frozen.shell, adapter, frozen.middle, frozen.inner_after).assemble()
     return summed_loss(config, params, batch, remat=remat)
 
 

@@ -46,7 +46,12 @@ by far the longest. Each run is also evaluated in full. $cost
 Fewer: --seeds 1, --learning-rates 1, --methods gradot,layer-drop, QUESTIONS=arc-easy.
 
 Not as published: three seeds; distillation and harmonizers train for 300 steps on the calibration
-text instead of a shard of the Pile; the budget and text of GradOT's own runs are not known.
+text instead of a shard of the Pile; the budget and text of GradOT's own runs are not known; CRaSh
+is tuned as all others are, where its paper has a recipe of its own. Fine-tuning has no dropout
+(published 0.1), takes the weights of the least development loss of eleven, and cuts a prompt that
+is too long, never its answer. All blocks of the full model are tuned for as many epochs, at the
+same rates, as the adapters (published: 3 epochs at 2e-5; WikiText-2 for 1 epoch in batches of 8
+with weight decay 0.1).
 TEXT
 }
 

@@ -7,7 +7,8 @@ from benchmarks.published import load_published
 from gradot_jax.errors import InputError
 
 QUESTION_SETS = "openbookqa piqa arc-easy arc-challenge hellaswag sciq webqs race".split()
-PROTOCOL = {"preset": "paper", "split": "test", "items": 500, "bos": False}
+CUT = {"train": 3, "development": 0, "report": 1}
+PROTOCOL = {"preset": "paper", "split": "test", "items": 500, "bos": False, "cut": CUT}
 
 
 def task(name, **protocol):
@@ -95,6 +96,10 @@ def test_the_protocol_is_what_the_results_record_and_is_told_where_tasks_differ(
         "gradot_jax 0.1.0, jax 0.10.2, TPU v4, no lm-eval",
     ]
     assert cells(table, "BOS before a prompt") == ["no", "piqa no, wikitext-2 not recorded"]
+    assert cells(table, "prompts that lost their beginning")[1].startswith(
+        "piqa train 3, development 0, report 1"
+    )
+    assert "- gradot, emulator zero-shot, average of 8: the source says only" in "\n".join(table)
     assert cells(table, "split measured")[1] == "piqa validation, wikitext-2 not recorded"
     assert cells(table, "full model", "zero-shot", "wikitext-2")[1] == "40.0 (1)"
 

@@ -45,7 +45,7 @@ def test_flax_checkpoint_goes_through_to_a_plugged_in_model(any_checkpoint, text
     assert compress(any_checkpoint, text, run) == DONE
     assert finetune(run / "bundle", text, tuned, "--validation", str(text)) == DONE
     plug_in = ["plug-in", "--model", str(any_checkpoint), "--adapter", str(tuned / "adapter")]
-    assert main([*plug_in, "--out", str(out)]) == DONE
+    assert main([*plug_in, "--owner", str(run / "owner"), "--out", str(out)]) == DONE
 
     config, original = load_opt(any_checkpoint)
     _, plugged = load_opt(out)
@@ -187,6 +187,17 @@ def test_adapter_of_another_model_is_refused(checkpoint, text, tmp_path, capsys)
     assert main([*command, "--out", str(tmp_path / "out")]) == REFUSED
     assert "another model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_another_bundle_is_refused(checkpoint, text, tmp_path, capsys):
+    run, other, tuned = tmp_path / "run", tmp_path / "other", tmp_path / "tuned"
+    assert compress(checkpoint, text, run) == DONE
+    assert compress(checkpoint, text, other, "--method", "layer-drop") == DONE
+    assert finetune(other / "bundle", text, tuned) == DONE
+    command = ["plug-in", "--model", str(checkpoint), "--adapter", str(tuned / "adapter")]
+    where = ["--owner", str(run / "owner"), "--out", str(tmp_path / "out")]
+    assert main([*command, *where]) == REFUSED
+    assert "tuned in another bundle" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(checkpoint, text, tmp_path):

@@ -9,7 +9,7 @@ from gradot_jax.comparison.task import FineTuning
 from gradot_jax.comparison.tuning import all_blocks, few_scans, rated_optimizer, tune
 from gradot_jax.models.opt.forward import forward
 from gradot_jax.offsite.compress import compress
-from gradot_jax.offsite.emulator import original_emulator
+from gradot_jax.offsite.emulator import split_model
 from gradot_jax.offsite.optimizer import make_optimizer
 from gradot_jax.offsite.split import AdapterSpec
 from gradot_jax.offsite.training import train_step
@@ -43,7 +43,7 @@ def test_optimizers_are_equal_whatever_the_rate_and_differ_by_settings():
 
 def test_runs_of_several_rates_and_seeds_compile_one_step(toy_bed, tmp_path):
     bed = toy_bed()
-    emulator = original_emulator(bed.params, bed.split)
+    emulator = split_model(bed.params, bed.split)
     # Of other settings than the other tests', or the step would be compiled already.
     task = dataclasses.replace(bed.tasks[0], tuning=dataclasses.replace(TUNING, weight_decay=0.2))
     before = train_step._cache_size()
@@ -68,7 +68,7 @@ def test_padding_to_few_scans_is_the_same_function(toy_bed, assert_close):
 
 def test_padding_keeps_inner_blocks_where_they_run(toy_bed, assert_close):
     bed = toy_bed()
-    emulator = few_scans(original_emulator(bed.params, AdapterSpec(1, 1, (2,))))
+    emulator = few_scans(split_model(bed.params, AdapterSpec(1, 1, (2,))))
     ids = np.arange(12, dtype=np.int32).reshape(2, 6)
     logits = [forward(bed.config, p, ids) for p in (emulator.assemble(), bed.params)]
     assert_close(*logits, "float32_model")

@@ -241,6 +241,50 @@ def test_a_copy_of_the_whole_data_set_gives_the_configuration_of_the_task(tmp_pa
     assert [record.completion for record in task.train.records] == ["snow"]
 
 
+SPLITS = ("train", "validation", "test")
+
+
+def write_splits(folder, row, pattern="{split}.jsonl"):
+    for split in SPLITS:
+        path = folder / pattern.format(split=split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "found"),
+    [
+        ("wikitext-2", "wikitext-103-raw-v1/{split}.jsonl", "wikitext-103-raw-v1"),
+        ("arc-challenge", "ARC-Easy/{split}.jsonl", "ARC-Easy"),
+        ("arc-challenge", "data/ARC-Easy/{split}.jsonl", "ARC-Easy"),
+        ("openbookqa", "additional/{split}.jsonl", "additional"),
+    ],
+)
+def test_a_copy_without_the_configuration_of_the_task_is_refused(tmp_path, name, pattern, found):
+    write_splits(tmp_path / "copy", ROWS[name], pattern)
+    expected = f"has data of {found}, expected the configuration {TASKS[name].config}"
+    with pytest.raises(InputError, match=expected):
+        load_task(name, preset="paper", data=tmp_path / "copy")
+
+
+def test_a_card_that_declares_another_configuration_alone_is_refused(tmp_path):
+    write_splits(tmp_path, ROWS["arc-easy"])
+    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in SPLITS)
+    card = f"---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n{files}---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert load_task("arc-easy", preset="paper", data=tmp_path).train.records
+    with pytest.raises(InputError, match="data of ARC-Easy, expected the configuration ARC-Chall"):
+        load_task("arc-challenge", preset="paper", data=tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["data/{split}-00000-of-00001.jsonl", "{split}/part.jsonl"])
+def test_one_configuration_may_lie_in_the_folders_of_the_hub(tmp_path, pattern):
+    write_splits(tmp_path, ROWS["openbookqa"], pattern)
+    write_splits(tmp_path, {}, ".cache/huggingface/{split}.lock")
+    task = load_task("openbookqa", preset="paper", data=tmp_path)
+    assert task.train.records == (PAPER["openbookqa"],)
+
+
 def test_a_limit_holds_for_every_part(folder):
     for name, preset in (("piqa", "paper"), ("wikitext-2", "corrected")):
         task = load(name, folder, preset, limit=1)
@@ -297,6 +341,10 @@ def test_what_cannot_be_loaded_is_refused(folder, tmp_path):
         load_task("piqa", preset="best")
     with pytest.raises(InputError, match="no such folder"):
         load_task("piqa", preset="paper", data=tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    for name in ("openbookqa", "sciq"):
+        with pytest.raises(InputError, match=rf"{name} train: cannot be loaded.*{name} needs no n"):
+            load_task(name, preset="paper", data=tmp_path / "empty")
     data = folder(train=[ROWS["sciq"]], validation=[ROWS["sciq"]])
     with pytest.raises(InputError, match=r"sciq test: cannot be loaded.*allenai/sciq needs no net"):
         load_task("sciq", preset="paper", data=data)

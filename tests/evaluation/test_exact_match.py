@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -51,6 +52,13 @@ def test_evaluation_compiles_once(config, params, half_right):
     before = sequence_scores._cache_size()
     exact_match(config, params, eval_batches(half_right, 4))
     assert sequence_scores._cache_size() == before + 1
+
+
+def test_a_diverged_model_matches_a_share_that_is_no_number(config, params, half_right):
+    lost = jax.tree.map(lambda leaf: leaf * np.float32("nan"), params)
+    result = exact_match(config, lost, eval_batches(half_right, 7))
+    assert np.isnan(result.exact_match) and np.isnan(result.log_likelihood)
+    assert result.num_examples == 7
 
 
 def test_nothing_to_count_is_refused(config, params, half_right):

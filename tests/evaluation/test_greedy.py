@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -47,3 +48,9 @@ def test_next_token_follows_the_last_real_one(config, params, log_probabilities)
         for row, count in enumerate(counts)
     ]
     np.testing.assert_array_equal(next_tokens(config, params, ids, counts), expected)
+
+
+def test_after_logits_that_are_no_numbers_no_token_follows(config, params):
+    lost = jax.tree.map(lambda leaf: leaf * np.float32("nan"), params)
+    ids, counts = np.full((3, 12), 4, np.int32), np.array([1, 5, 12], np.int32)
+    assert next_tokens(config, lost, ids, counts).tolist() == [-1, -1, -1]

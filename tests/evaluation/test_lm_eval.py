@@ -240,6 +240,18 @@ def test_generation_refuses_what_it_cannot_do(models, tokenizer):
         generate(model, ("a", {"max_gen_toks": 128}))
 
 
+def test_a_diverged_model_is_refused_by_the_request_that_shows_it(models, tokenizer):
+    config, params = models["full"]
+    lost = jax.tree.map(lambda leaf: leaf * np.float32("nan"), params)
+    model = HarnessModel(config, lost, tokenizer, batch_size=2)
+    with pytest.raises(InputError, match="likelihood of ' json' after 'import' is NaN: the model"):
+        score(model, ("import", " json"))
+    with pytest.raises(InputError, match="likelihood of the text 'The module named"):
+        rolling(model, TEXT)
+    with pytest.raises(InputError, match="no token is likeliest after '.*import os'"):
+        generate(model, ("import os", {"max_gen_toks": 4}))
+
+
 def test_runs_where_torch_is_not_installed(tasks):
     code = f"""
 import sys

@@ -1,5 +1,6 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -7,7 +8,7 @@ import tokenizers
 from gradot_jax.data.records import Choice, ChoiceRecords, Item, ItemRecords
 from gradot_jax.data.tokenizer import encode, load_tokenizer
 from gradot_jax.errors import InputError
-from gradot_jax.evaluation.multiple_choice import accepted_match, multiple_choice
+from gradot_jax.evaluation.multiple_choice import accepted_match, multiple_choice, tokenise
 from gradot_jax.evaluation.scores import sequence_scores
 
 CHOICES = (("a", "bcd"), ("mat", "log", "dog x"), ("yes", "no"), ("</s>", "b"))
@@ -85,6 +86,30 @@ def test_questions_are_cut_to_the_length_and_counted(config, params, tokenizer):
         )
 
 
+@pytest.fixture
+def partly_diverged(config, params, tokenizer):
+    """NaN for the longest answer of `CHOICES` alone, which is the third of the second item."""
+    prompt = len(encode(tokenizer, "Question: q?\nAnswer:"))
+    last = prompt + len(" dog x")
+    table = params.shell.embed_positions.at[last + 1].set(jnp.nan)
+    return params.replace(shell=params.shell.replace(embed_positions=table))
+
+
+def test_a_diverged_model_prefers_no_answer(config, partly_diverged, tokenizer):
+    result = multiple_choice(
+        config, partly_diverged, tokenizer, records([0, 0, 0, 0]), batch_size=4
+    )
+    assert np.isnan(result.accuracy) and np.isnan(result.accuracy_normalised)
+    assert np.isfinite(result.log_likelihood) and result.num_items == 4
+
+
+def test_a_diverged_model_matches_nothing_that_could_be_counted(config, partly_diverged, tokenizer):
+    for answers, counted in (([0, 0, 0, 0], False), ([0, 2, 0, 0], True)):
+        questions = tokenise(config, tokenizer, as_items(answers))
+        result = accepted_match(config, partly_diverged, questions, batch_size=4)
+        assert np.isnan(result.exact_match) == np.isnan(result.log_likelihood) == counted
+
+
 def test_evaluation_compiles_once(config, params, tokenizer):
     before = sequence_scores._cache_size()
     multiple_choice(config, params, tokenizer, records([0, 0, 0, 0]), batch_size=5)
@@ -142,7 +167,8 @@ def test_an_alias_that_greedy_decoding_gives_is_a_match(
             items.append(Item(prompt, (worst, best), accepted))
             gold.append(scores[best] if 1 in accepted else scores[worst])
     records = ItemRecords(tuple(items), "items")
-    result = accepted_match(config, params, tokenizer, records, batch_size=32)
+    questions = tokenise(config, tokenizer, records)
+    result = accepted_match(config, params, questions, batch_size=32)
     assert result.num_examples == len(items) >= 2
     assert result.exact_match == sum(1 in item.accepted for item in items) / len(items)
     np.testing.assert_allclose(result.log_likelihood, np.mean(gold), rtol=1e-6)

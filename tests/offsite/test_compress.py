@@ -317,6 +317,8 @@ def test_option_that_a_method_does_not_read_is_refused(options):
     [
         (DistillationOptions, {"steps": 0}),
         (DistillationOptions, {"kd_weight": -1.0}),
+        (DistillationOptions, {"lm_weight": 0.0, "kd_weight": 0.0}),
+        (DistillationOptions, {"learning_rate": 0.0}),
         (ScaleOTOptions, {"harmonizer_rank": 0}),
         (ScaleOTOptions, {"num_networks": 1}),
         (ScaleOTOptions, {"rank_removed": 1.0}),

@@ -306,6 +306,10 @@ def test_resuming_another_run_is_refused_by_name(emulator, tmp_path):
     other = emulator.replace(shell=jax.tree.map(lambda leaf: 2 * leaf, emulator.shell))
     with pytest.raises(InputError, match=r"identity\.emulator was"):
         tune(other, checkpoints=tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"identity\.settings\.seed was None, now 1"):
+        tune(emulator, checkpoints=tmp_path, settings={"seed": 1}, resume=True)
+    with pytest.raises(InputError, match=r"identity\.validation was"):
+        tune(emulator, checkpoints=tmp_path, validation_batches=VALIDATION[:1], resume=True)
     with pytest.raises(InputError, match=r"arrays\.optimizer.* was float32.*now None"):
         tune(emulator, optimizer=PLAIN, checkpoints=tmp_path, resume=True)
 

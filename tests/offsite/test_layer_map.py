@@ -20,7 +20,7 @@ from gradot_jax.nn.linear import Dense
 from gradot_jax.offsite.adapter_file import check_adapter, load_adapter, save_adapter
 from gradot_jax.offsite.bundle import load_bundle, save_bundle
 from gradot_jax.offsite.describe import describe
-from gradot_jax.offsite.emulator import build_emulator, original_emulator
+from gradot_jax.offsite.emulator import build_emulator, split_model
 from gradot_jax.offsite.export import export_params
 from gradot_jax.offsite.plug_in import plug_in
 from gradot_jax.offsite.split import AdapterSpec, split_blocks
@@ -57,6 +57,13 @@ def shared(case):
     adapter, _ = split_blocks(case.params, SPREAD)
     layers = [original[1], original[3], harmonizer(case.config.hidden_size, 3)]
     return build_emulator(case.params.shell, adapter, layers, (0, 0, None, 1, 2))
+
+
+def untouched(case):
+    """The layers between a spread adapter as they are, declared to be an emulator."""
+    original = original_layers(case.params)
+    adapter, _ = split_blocks(case.params, SPREAD)
+    return build_emulator(case.params.shell, adapter, [original[1], original[3]], (0, None, 1))
 
 
 def save(path, case, emulator):
@@ -101,8 +108,8 @@ def test_harmonizer_with_a_zero_up_projection_is_the_identity():
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(1, 1), SPREAD, AdapterSpec(0, 0, (0, 3))])
-def test_original_emulator_is_the_original(case, spec):
-    whole = original_emulator(case.params, spec)
+def test_split_model_is_the_original(case, spec):
+    whole = split_model(case.params, spec)
     again = unstack_blocks(whole.assemble().segments)
     jax.tree.map(np.testing.assert_array_equal, again, original_layers(case.params))
 
@@ -127,7 +134,7 @@ def test_harmonizer_of_another_shape_than_planned_is_refused(case, shared, tmp_p
 
 
 def test_spread_adapter_comes_back_to_its_own_layers(case, tmp_path):
-    emulator = original_emulator(case.params, SPREAD)
+    emulator = untouched(case)
     dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
     options = case.save_options() | {"shapes": (dense, dense)}
     save_bundle(tmp_path / "bundle", case.config, emulator, **options)
@@ -144,7 +151,7 @@ def test_spread_adapter_comes_back_to_its_own_layers(case, tmp_path):
 
 
 def test_adapter_with_a_wrong_layer_map_is_refused(case, tmp_path):
-    emulator = original_emulator(case.params, SPREAD)
+    emulator = untouched(case)
     dense = LayerShape(ranks=tuple((s, None) for s in ATTENTION_SITES), num_channels=32)
     options = case.save_options() | {"shapes": (dense, dense)}
     save_bundle(tmp_path / "bundle", case.config, emulator, **options)
@@ -175,3 +182,15 @@ def test_shared_blocks_are_exported_once_per_place(case):
 def test_harmonizers_are_not_exported(case, shared):
     with pytest.raises(InputError, match="harmonizers"):
         export_params(case.config, shared.assemble())
+
+
+def test_map_without_a_place_for_an_inner_block_is_refused(case):
+    adapter, _ = split_blocks(case.params, SPREAD)
+    with pytest.raises(ValueError, match="0 places for the 1 inner blocks"):
+        build_emulator(case.params.shell, adapter, original_layers(case.params)[1:2])
+
+
+def test_the_original_split_in_parts_is_not_shipped(case, tmp_path):
+    with pytest.raises(InputError, match="holds an Emulator, got SplitModel"):
+        whole = split_model(case.params, SPREAD)
+        save_bundle(tmp_path / "b", case.config, whole, **case.save_options())

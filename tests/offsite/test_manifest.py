@@ -89,6 +89,7 @@ MANIFEST_CHANGES = {
     "middle object": (_set("middle", {}), "middle"),
     "map past the end": (_set("layer_map", [0, 1, 3]), "layer_map"),
     "map out of order": (_set("layer_map", [1, 0, 2]), "layer_map"),
+    "map that comes back": (_set("layer_map", [0, 1, 0]), "layer_map"),
     "map that leaves a layer out": (_set("layer_map", [0, 1]), "uses 2 of 3 stored layers"),
     "map with too many places": (_set("layer_map", [0, 1, 2, 2]), "at most 3 places"),
     "map with an inner block": (_set("layer_map", [0, 1, None]), "places for inner blocks"),

@@ -7,7 +7,7 @@ import pytest
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.tensors import iterate_tensors
-from gradot_jax.offsite.owner import load_plan, save_owner
+from gradot_jax.offsite.owner import load_bundle_digest, load_plan, save_owner
 
 SCORES = {"layers.1.q_proj": np.arange(4, dtype=np.float32), "layers.1.mlp": np.ones(3, np.float32)}
 CALIBRATION = {"source": "text.jsonl", "sequences": 8}
@@ -20,6 +20,14 @@ def test_owner_keeps_plan_scores_and_calibration(case, tmp_path):
     assert stored.keys() == SCORES.keys()
     assert all(np.array_equal(stored[name], SCORES[name]) for name in SCORES)
     assert json.loads((tmp_path / "owner" / "calibration.json").read_text()) == CALIBRATION
+
+
+def test_owner_knows_the_bundle_that_was_shipped(case, tmp_path):
+    save_owner(tmp_path / "owner", case.plan, SCORES, {"bundle_digest": "0" * 64})
+    assert load_bundle_digest(tmp_path / "owner") == "0" * 64
+    save_owner(tmp_path / "owner", case.plan, SCORES, CALIBRATION, overwrite=True)
+    with pytest.raises(InputError, match=r"calibration\.json: bundle_digest is None"):
+        load_bundle_digest(tmp_path / "owner")
 
 
 def test_older_record_is_replaced_only_when_asked(case, tmp_path):

@@ -37,6 +37,14 @@ def test_tuned_blocks_come_in_and_nothing_else_changes(spec, toy_model):
     assert plugged.shell is params.shell
 
 
+def test_adapter_that_overflows_in_the_dtype_of_the_model_is_refused(toy_model):
+    _, params = toy_model(dtype="float16")
+    adapter, _ = split_blocks(params, SPECS[0])
+    vast = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e6, jnp.float32), adapter)
+    with pytest.raises(InputError, match="not finite in float16"):
+        plug_in(params, vast)
+
+
 def test_adapter_takes_the_dtype_of_what_it_replaces(toy_model):
     _, params = toy_model(dtype="bfloat16")
     adapter, _ = split_blocks(params, SPECS[0])

@@ -8,6 +8,7 @@ from gradot_jax.offsite.split import split_blocks
 
 def compress(problem: Problem) -> Outcome:
     """Keeps the number of layers that is nearest to the budget."""
+    problem.split.check_sandwich("layer-drop")
     _, middle = split_blocks(problem.params, problem.split)
     numbers = problem.split.middle_layers(problem.params.num_layers)
     kept = kept_layers(depth(middle), layers_to_keep(depth(middle), problem.options))

@@ -20,14 +20,13 @@ import jax.numpy as jnp
 import optax
 
 from gradot_jax.compression.options import DistillationOptions
-from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import embed, head, run_blocks
 from gradot_jax.models.opt.params import Block, depth, get_block, stack_blocks
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.offsite.checkpoint import tree_digest
-from gradot_jax.offsite.emulator import Emulator, original_emulator
+from gradot_jax.offsite.emulator import Emulator, split_model
 from gradot_jax.offsite.loop import StepMetrics, Trained, run_training
 from gradot_jax.offsite.method import Outcome, Problem
 from gradot_jax.offsite.methods import layer_drop
@@ -82,17 +81,16 @@ def compress(problem: Problem) -> Outcome:
     back in the dtype of the original.
 
     Raises:
-        InputError: for a split with inner blocks, options that train nothing, without a batch,
+        InputError: for a split with inner blocks, without a batch,
             with batches that count no target, or when the checkpoints belong to another run.
         DivergenceError: when a loss or gradient is not finite.
         Interrupted: when a signal stopped the training; its state is saved.
     """
     problem.split.check_sandwich("offsite-tuning")
-    _check(problem.options.distillation)
     training, held_out = hold_out(problem.batches)
     dropped = layer_drop.compress(problem)
     student = place(stack_blocks(dropped.blocks), problem.mesh)
-    original = place(original_emulator(problem.params, problem.split), problem.mesh)
+    original = place(split_model(problem.params, problem.split), problem.mesh)
     measured = held_out or training
     measure = functools.partial(_measure, problem.config, original, measured, problem.mesh)
     trained = _distil(problem, student, original, training, held_out)
@@ -210,19 +208,6 @@ def _optimizer(options: DistillationOptions) -> optax.GradientTransformation:
         schedule="cosine",
         weight_decay=options.weight_decay,
     )
-
-
-def _check(options: DistillationOptions) -> None:
-    if options.steps < 1:
-        raise InputError(
-            f"distillation.steps must be at least 1, got {options.steps}: layer-drop is "
-            "offsite-tuning without distillation"
-        )
-    if not (options.lm_weight or options.kd_weight):
-        raise InputError(
-            "distillation.lm_weight and distillation.kd_weight are both 0: nothing is left to "
-            "train on"
-        )
 
 
 def _evaluate_every(steps: int) -> int:
