@@ -146,7 +146,7 @@ def test_a_task_without_a_folder_never_takes_anothers(write, tasks):
     (itself,) = tasks("openbookqa", data=data / "openbookqa")
     assert itself.test_digest == above.test_digest
     # One folder is the data of one task.
-    with pytest.raises(InputError, match="expected the data of openbookqa; .* folders of no task"):
+    with pytest.raises(InputError, match=r"expected the data of openbookqa; .* folders of no task"):
         tasks("openbookqa", "webqs", data=data / "openbookqa")
 
 

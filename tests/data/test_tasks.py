@@ -268,20 +268,22 @@ def test_a_copy_without_the_configuration_of_the_task_is_refused(tmp_path, name,
 
 
 def test_a_card_that_declares_another_configuration_alone_is_refused(tmp_path):
-    write_splits(tmp_path, ROWS["arc-easy"])
+    data = tmp_path / "copy"
+    write_splits(data, ROWS["arc-easy"])
     files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in SPLITS)
     card = f"---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n{files}---\n"
-    (tmp_path / "README.md").write_text(card)
-    assert load_task("arc-easy", preset="paper", data=tmp_path).train.records
+    (data / "README.md").write_text(card)
+    assert load_task("arc-easy", preset="paper", data=data).train.records
     with pytest.raises(InputError, match="data of ARC-Easy, expected the configuration ARC-Chall"):
-        load_task("arc-challenge", preset="paper", data=tmp_path)
+        load_task("arc-challenge", preset="paper", data=data)
 
 
 @pytest.mark.parametrize("pattern", ["data/{split}-00000-of-00001.jsonl", "{split}/part.jsonl"])
 def test_one_configuration_may_lie_in_the_folders_of_the_hub(tmp_path, pattern):
-    write_splits(tmp_path, ROWS["openbookqa"], pattern)
-    write_splits(tmp_path, {}, ".cache/huggingface/{split}.lock")
-    task = load_task("openbookqa", preset="paper", data=tmp_path)
+    data = tmp_path / "copy"
+    write_splits(data, ROWS["openbookqa"], pattern)
+    write_splits(data, {}, ".cache/huggingface/{split}.lock")
+    task = load_task("openbookqa", preset="paper", data=data)
     assert task.train.records == (PAPER["openbookqa"],)
 
 

@@ -248,7 +248,7 @@ def test_a_diverged_model_is_refused_by_the_request_that_shows_it(models, tokeni
         score(model, ("import", " json"))
     with pytest.raises(InputError, match="likelihood of the text 'The module named"):
         rolling(model, TEXT)
-    with pytest.raises(InputError, match="no token is likeliest after '.*import os'"):
+    with pytest.raises(InputError, match=r"no token is likeliest after '.*import os'"):
         generate(model, ("import os", {"max_gen_toks": 4}))
 
 
