@@ -8,11 +8,9 @@ from gradot_jax.cli.common import OnDevices, check_new, fit_batch
 from gradot_jax.errors import InputError
 
 _SETTINGS = (
-    "num_steps",
     "accumulate",
     "learning_rate",
     "schedule",
-    "warmup_steps",
     "weight_decay",
     "clip_norm",
     "seed",
@@ -96,10 +94,11 @@ class Finetune(OnDevices):
 
         mesh = self.device_mesh()
         updates = self.num_steps // self.accumulate
+        warmup = updates // 30 if self.warmup_steps is None else self.warmup_steps
         optimizer = make_optimizer(
             learning_rate=self.learning_rate,
             num_steps=updates,
-            warmup_steps=updates // 30 if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=warmup,
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
@@ -133,6 +132,9 @@ class Finetune(OnDevices):
             checkpoints=self.out / "checkpoints",
             settings={
                 **{name: getattr(self, name) for name in _SETTINGS},
+                # A constant rate knows no end, so that such a run may go on for longer.
+                "updates": None if self.schedule == "constant" else updates,
+                "warmup_steps": warmup,
                 "batch_size": batch_size,
                 "train": tree_digest(examples),
             },

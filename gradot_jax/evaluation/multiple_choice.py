@@ -129,8 +129,8 @@ def choice_accuracy(
         normalised += int((likelihood / lengths).argmax()) in item.accepted
         gold += float(likelihood[list(item.accepted)].max())
     count = len(questions.items)
-    accuracies = (math.nan if unknown else right / count for right in (plain, normalised))
-    return MultipleChoice(*accuracies, gold / count, count, questions.num_truncated)
+    plain, normalised = (math.nan, math.nan) if unknown else (plain / count, normalised / count)
+    return MultipleChoice(plain, normalised, gold / count, count, questions.num_truncated)
 
 
 def accepted_match(

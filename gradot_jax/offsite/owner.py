@@ -35,7 +35,7 @@ def save_owner(
     Args:
         path: the folder to make.
         plan: what each layer keeps.
-        scores: arrays by name.
+        scores: arrays by name; a method that scores nothing leaves no file of them.
         calibration: JSON values that record the calibration, and the shipped bundle's digest as
             `bundle_digest`.
         overwrite: replace an existing folder.
@@ -45,7 +45,8 @@ def save_owner(
     """
     with output_folder(path, overwrite=overwrite) as folder:
         (folder / PLAN_FILE).write_text(plan.to_json())
-        write_tensors(folder / SCORES_FILE, scores)
+        if scores:
+            write_tensors(folder / SCORES_FILE, scores)
         write_json(folder / CALIBRATION_FILE, dict(calibration))
 
 

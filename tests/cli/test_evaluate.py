@@ -14,9 +14,7 @@ REFUSED = 3
         ("new.json", ["--bundle", "nowhere", "--revision", "main"], "--revision goes with --model"),
     ],
 )
-def test_what_could_not_be_written_or_read_is_refused_at_once(
-    tmp_path, capsys, out, more, message
-):
+def test_what_could_not_be_written_or_read_is_refused_at_once(tmp_path, capsys, out, more, message):
     (tmp_path / "old.json").write_text("{}")
     # The data is not there either, and would be missed next.
     command = ["evaluate", "--data", "absent.jsonl", "--out", str(tmp_path / out), *more]

@@ -78,7 +78,7 @@ def test_all_blocks_are_the_model_and_all_of_them_are_trained(toy_bed, tmp_path)
     bed = toy_bed()
     whole = all_blocks(bed.params)
     task = bed.tasks[0]
-    adapter, _ = tune(bed, whole, task, seed=0, factor=1.0, curve=tmp_path / "curve.jsonl")
+    adapter, _, _ = tune(bed, whole, task, seed=0, factor=1.0, curve=tmp_path / "curve.jsonl")
     before, after = (np.asarray(a.bottom.fc1.kernel) for a in (whole.adapter, adapter))
     assert before.shape[0] == bed.config.num_hidden_layers
     assert (before != after).any(axis=(1, 2)).all()

@@ -22,6 +22,12 @@ def test_owner_keeps_plan_scores_and_calibration(case, tmp_path):
     assert json.loads((tmp_path / "owner" / "calibration.json").read_text()) == CALIBRATION
 
 
+def test_method_without_scores_leaves_no_file_of_them(case, tmp_path):
+    save_owner(tmp_path / "owner", case.plan, {}, CALIBRATION)
+    assert not (tmp_path / "owner" / "scores.safetensors").exists()
+    assert load_plan(tmp_path / "owner") == case.plan
+
+
 def test_owner_knows_the_bundle_that_was_shipped(case, tmp_path):
     save_owner(tmp_path / "owner", case.plan, SCORES, {"bundle_digest": "0" * 64})
     assert load_bundle_digest(tmp_path / "owner") == "0" * 64
