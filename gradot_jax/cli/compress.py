@@ -91,7 +91,10 @@ class Compress(OnDevices):
         config, params = load_opt(folder, mesh=mesh, dtype=None)
         stored = self.store_dtype or params.shell.embed_tokens.dtype.name
         split = AdapterSpec(self.num_bottom, self.num_top)
-        digest = base_digest(config, params, split)
+        # The digest is of the weights before they are cast, and of the split that is shipped.
+        chooses = self.options.adapter == "own"
+        original = params if chooses else None
+        digest = None if chooses else base_digest(config, params, split)
         params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
@@ -112,6 +115,8 @@ class Compress(OnDevices):
             checkpoints=self.checkpoints,
             progress=True,
         )
+        if original is not None:
+            digest = base_digest(config, original, result.emulator.adapter.spec)
         fidelity = gradient_fidelity(config, params, result.emulator, held_out)
         calibration = {
             **result.calibration,

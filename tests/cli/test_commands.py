@@ -1,8 +1,11 @@
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from gradot_jax.cli.inspect import Inspect
 from gradot_jax.cli.main import main
 from gradot_jax.models.opt.forward import forward
 from gradot_jax.models.opt.hf import load_opt
+from gradot_jax.models.opt.params import init_params
 from gradot_jax.offsite.adapter_file import load_adapter_for
 from gradot_jax.offsite.bundle import load_bundle
 from gradot_jax.offsite.interrupt import Interrupted
@@ -187,6 +191,28 @@ def test_adapter_of_another_model_is_refused(checkpoint, text, tmp_path, capsys)
     assert main([*command, "--out", str(tmp_path / "out")]) == REFUSED
     assert "another model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["crash", "scaleot"])
+def test_adapter_that_the_method_chose_comes_back_to_its_layers(method, checkpoint, text, tmp_path):
+    from gradot_jax.models.opt.hf import save_opt
+
+    config = dataclasses.replace(load_opt(checkpoint)[0], num_hidden_layers=6)
+    deep, run, tuned, out = (tmp_path / name for name in ("deep", "run", "tuned", "out"))
+    params = init_params(config, jax.random.key(0), jnp.float16)
+    save_opt(deep, config, params, tokenizer_from=checkpoint)
+    train = (
+        ["--scaleot.steps", "2", "--scaleot.harmonizer-rank", "2"] if method == "scaleot" else []
+    )
+    chosen = ["--method", method, "--adapter", "own", "--num-top", "1", *train]
+    assert compress(deep, text, run, *chosen, "--dtype", "bfloat16") == DONE
+    assert finetune(run / "bundle", text, tuned) == DONE
+    plug_in = ["plug-in", "--model", str(deep), "--adapter", str(tuned / "adapter")]
+    assert main([*plug_in, "--owner", str(run / "owner"), "--out", str(out)]) == DONE
+    spec = load_bundle(run / "bundle").emulator.adapter.spec
+    (before,), (after,) = params.segments, load_opt(out, dtype=None)[1].segments
+    moved = [np.any(before.fc1.kernel[i] != after.fc1.kernel[i]) for i in range(6)]
+    assert [i for i in range(6) if moved[i]] == list(spec.layers(6))
 
 
 def test_adapter_of_another_bundle_is_refused(checkpoint, text, tmp_path, capsys):
