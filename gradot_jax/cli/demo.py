@@ -15,7 +15,7 @@ class Demo(Debuggable):
 
     Compares GradOT, as in the paper and improved (gradot+), with magnitude selection and uniform
     layer drop at the same budget, checks that the comparison means something (V1 to V3), prints
-    tables and writes them with plots. About four minutes on two CPU cores. `gradot compare` is
+    tables and writes them with plots. About five minutes on two CPU cores. `gradot compare` is
     the same with every method, budget and learning rate.
 
     Example: gradot demo --out demo_out
