@@ -180,10 +180,12 @@ def test_copies_of_adapter_blocks_stay_as_they_were(run, model, batches, assert_
     emulator = run("sandwich", True).emulator
     tuned = jax.tree.map(lambda leaf: leaf + 0.1, emulator.adapter)
     places = places_by_hand(run("sandwich", True), share=True)
+    trained = SPEC.layers(LAYERS)
+    assert any(source in trained and place != source for place, source in enumerate(places))
     moved = jax.tree.map(lambda leaf: leaf + 0.1, params.segments[0])
     hidden = embed(config, params.shell, batches[0].input_ids)
     for place, source in enumerate(places):
-        stack = moved if place in SPEC.layers(LAYERS) else params.segments[0]
+        stack = moved if place in trained else params.segments[0]
         hidden = apply_block(config, get_block(stack, source), hidden)
     got = forward(config, emulator.assemble(tuned), batches[0].input_ids)
     assert_close(got, np.asarray(head(config, params.shell, hidden)), "float32_model")
