@@ -15,7 +15,7 @@ T = TypeVar("T")
 def track(
     iterable: Iterable[T], description: str, *, total: int | None = None, enabled: bool = True
 ) -> Iterator[T]:
-    """Yields from an iterable and reports how far it is.
+    """Yields from an iterable and reports how far it is, at what rate and for how long still.
 
     Args:
         iterable: the work.
@@ -28,14 +28,44 @@ def track(
     if not enabled or jax.process_index() != 0:
         yield from iterable
     elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track as bar
-
-        yield from bar(iterable, description, total=total, console=Console(stderr=True))
+        yield from _bar(iterable, description, total)
     else:
-        began, every = time.monotonic(), max((total or 100) // 10, 1)
+        yield from _lines(iterable, description, total)
+
+
+def _lines(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    began, every = time.monotonic(), max((total or 100) // 10, 1)
+    for index, item in enumerate(iterable, start=1):
+        yield item
+        if index % every == 0 or index == total:
+            elapsed = time.monotonic() - began
+            left = f", {_pace(index, total, elapsed)}" if elapsed else ""
+            logger.info("%s: %d of %s, %.0f s%s", description, index, total or "?", elapsed, left)
+
+
+def _pace(index: int, total: int | None, elapsed: float) -> str:
+    """Rate since the beginning, and the time left at that rate as minutes and seconds."""
+    rate = index / elapsed
+    if total is None:
+        return f"{rate:.3g}/s"
+    minutes, seconds = divmod(round((total - index) / rate), 60)
+    return f"{rate:.3g}/s, ETA {minutes:02d}:{seconds:02d}"
+
+
+def _bar(iterable: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[pace]}"),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, pace="")
+        began = time.monotonic()
         for index, item in enumerate(iterable, start=1):
             yield item
-            if index % every == 0 or index == total:
-                elapsed = time.monotonic() - began
-                logger.info("%s: %d of %s, %.0f s", description, index, total or "?", elapsed)
+            elapsed = time.monotonic() - began
+            bar.update(task, completed=index, pace=_pace(index, total, elapsed) if elapsed else "")

@@ -8,6 +8,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Commands keep compiled programs in the home folder.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import functools
 

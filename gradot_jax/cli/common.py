@@ -1,9 +1,11 @@
 """Options that several commands share. Nothing here imports JAX before a command runs."""
 
 import dataclasses
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradot_jax.errors import InputError
 
@@ -22,6 +24,9 @@ class Debuggable:
         debug: show the traceback of an error.
     """
 
+    MEMORY: ClassVar[tuple[str, ...]] = ()
+    """Fields that make a command need less memory."""
+
     debug: bool = False
 
 
@@ -33,23 +38,80 @@ class OnDevices(Debuggable):
         dtype: of the arithmetic; factors, scores and masters are float32 in any case.
         mesh: devices along the batch and along the weights, as two numbers; all devices along
             the batch when left out.
+        compile_cache: folder that keeps compiled programs for later runs, or `off`; by default
+            $JAX_COMPILATION_CACHE_DIR or ~/.cache/gradot_jax/xla.
     """
 
     dtype: Dtype = "float32"
     mesh: tuple[int, int] | None = None
+    compile_cache: str | None = None
 
     def device_mesh(self) -> "DeviceMesh | None":
-        """The mesh asked for; None on a single device."""
+        """The mesh asked for; None on a single device. The first use of JAX of a command."""
         import jax
 
-        from gradot_jax.parallel import make_mesh
+        from gradot_jax.parallel import make_mesh, use_compile_cache
 
+        use_compile_cache(self._cache_folder())
         if self.mesh is None:
             return make_mesh() if jax.device_count() > 1 else None
+        data, model = self.mesh
+        if jax.process_count() > 1 and data * model != jax.device_count():
+            raise InputError(
+                f"a mesh of data={data} x model={model} leaves out devices of a run of "
+                f"{jax.process_count()} processes, which have {jax.device_count()}"
+            )
         try:
-            return make_mesh(*self.mesh)
+            return make_mesh(data, model)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+    def _cache_folder(self) -> Path | None:
+        if self.compile_cache == "off":
+            return None
+        asked = self.compile_cache or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        return Path(asked) if asked else Path.home() / ".cache" / "gradot_jax" / "xla"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnHosts(OnDevices):
+    """What every command takes that runs as several processes, the same on each host.
+
+    Attributes:
+        distributed: join the other processes of the run; on TPU pods, Slurm and Open MPI they are
+            found, elsewhere the next three say where they are. Process 0 alone writes.
+        coordinator: `host:port` of process 0.
+        num_processes: of the run.
+        process_id: of this process, from 0.
+    """
+
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def device_mesh(self) -> "DeviceMesh | None":
+        """The mesh asked for, over the devices of all processes."""
+        described = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
+        if described and not self.distributed:
+            raise InputError(
+                "--coordinator, --num-processes and --process-id go with --distributed"
+            )
+        if self.distributed:
+            from gradot_jax.parallel import initialize_distributed, is_writer
+
+            initialize_distributed(self.coordinator, self.num_processes, self.process_id)
+            if not is_writer():
+                logging.getLogger("gradot_jax").setLevel(logging.ERROR)
+        return super().device_mesh()
+
+
+def say(*lines: str) -> None:
+    """Prints lines, in the process that writes; not before the processes have joined."""
+    from gradot_jax.parallel import is_writer
+
+    if is_writer():
+        print(*lines, sep="\n")
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:

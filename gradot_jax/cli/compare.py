@@ -72,6 +72,8 @@ class Compare(OnDevices):
             added later make it again.
     """
 
+    MEMORY = ("batch_size", "sequence_length", "num_sequences", "dtype", "mesh")
+
     out: Path
     model: str | None = None
     methods: str = (

@@ -2,13 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from gradot_jax.cli.common import Dtype, OnDevices, check_new, fit_batch
+from gradot_jax.cli.common import Dtype, OnHosts, check_new, fit_batch, say
+from gradot_jax.cli.forecast import check_rooms, forecast_lines, line, memory_lines, rooms
 from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gradot_jax.nn.batch import Batch
 
 _HELD_OUT = 2
 """Batches on which gradients are compared, kept from the calibration where the text is short."""
@@ -17,8 +21,22 @@ _SHORTEST = 128
 """Tokens below which a sequence is not shortened to have more of them."""
 
 
+class _Text(NamedTuple):
+    """The owner's text.
+
+    Attributes:
+        calibration: batches to calibrate on.
+        held_out: batches on which gradients are compared.
+        spare: whether those are others.
+    """
+
+    calibration: "list[Batch]"
+    held_out: "list[Batch]"
+    spare: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compress(OnDevices):
+class Compress(OnHosts):
     """Compresses the middle of a model into an emulator.
 
     Writes OUT/bundle, to ship, and OUT/owner, to keep: the plan with the kept indices, the scores
@@ -42,11 +60,17 @@ class Compress(OnDevices):
             gradients keep gaining to 128 and beyond.
         batch_size: sequences a batch.
         revision: branch, tag or commit on the Hub.
-        checkpoints: folder from which a method that trains (offsite-tuning, scaleot) goes on after
-            an interruption.
+        checkpoints: folder from which an interrupted compression goes on: layers that are done,
+            or, of a method that trains, its state.
         store_dtype: dtype of the bundle's arrays; that of the checkpoint by default.
         overwrite: replace an existing folder.
+        offload: keep the residual streams at the boundaries of layers, most of what calibration
+            takes of a device, in the host's memory.
+        dry_run: only say what would be stored and the memory it takes.
+        ignore_memory: start even if the memory it takes is more than there is.
     """
+
+    MEMORY = ("offload", "num_sequences", "batch_size", "sequence_length", "dtype", "mesh")
 
     model: str
     calibration: str
@@ -63,94 +87,149 @@ class Compress(OnDevices):
     checkpoints: Path | None = None
     store_dtype: Dtype | None = None
     overwrite: bool = False
+    offload: bool = False
+    dry_run: bool = False
+    ignore_memory: bool = False
 
     def run(self) -> None:
         """Executes the command."""
         check_new(self.out, overwrite=self.overwrite)
         if self.num_sequences < 1 or self.batch_size < 1:
             raise InputError("num_sequences and batch_size must be at least 1")
-        import jax
-        import jax.numpy as jnp
-
-        from gradot_jax.data.examples import eval_batches
         from gradot_jax.data.records import read_records
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
-        from gradot_jax.evaluation.record import environment
-        from gradot_jax.files.folder import output_folder
         from gradot_jax.models.opt.hf import checkpoint_folder, load_opt
-        from gradot_jax.models.opt.params import count_params
-        from gradot_jax.offsite.bundle import save_bundle
         from gradot_jax.offsite.compress import run_compression
-        from gradot_jax.offsite.digest import base_digest
+        from gradot_jax.offsite.estimate import STREAMING
         from gradot_jax.offsite.fidelity import gradient_fidelity
-        from gradot_jax.offsite.owner import BUNDLE_DIGEST, save_owner
         from gradot_jax.offsite.split import AdapterSpec
 
         mesh = self.device_mesh()
         folder = checkpoint_folder(self.model, self.revision)
-        config, params = load_opt(folder, mesh=mesh, dtype=None)
-        stored = self.store_dtype or params.shell.embed_tokens.dtype.name
+        config, original = load_opt(folder, memory_map=True)
         split = AdapterSpec(self.num_bottom, self.num_top)
-        # The digest is of the weights before they are cast, and of the split that is shipped.
-        chooses = self.options.adapter == "own"
-        original = params if chooses else None
-        digest = None if chooses else base_digest(config, params, split)
-        params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
         records = read_records(self.calibration)
+        text = self._text(tokenizer, config, records, mesh)
+        self._foresee(config, original, split, text.calibration, mesh)
+        if self.dry_run:
+            return
+        params = original
+        if self.options.method not in STREAMING:
+            _, params = load_opt(folder, mesh=mesh, dtype=self.dtype)
+        result = run_compression(
+            config,
+            params,
+            split,
+            text.calibration,
+            self.options,
+            mesh=mesh,
+            checkpoints=self.checkpoints,
+            progress=True,
+            dtype=self.dtype,
+            offload=self.offload,
+        )
+        fidelity = gradient_fidelity(
+            config, params, result.emulator, text.held_out, mesh=mesh, dtype=self.dtype
+        )
+        record = {
+            **result.calibration,
+            "fidelity": fidelity.to_values(),
+            "held_out": text.spare,
+            "data": records.digest,
+            "sequence_length": int(text.held_out[0].input_ids.shape[1]),
+        }
+        self._write(folder, config, original, result, record)
+        agreement = fidelity.adapter
+        say(
+            f"adapter gradient: cosine {agreement.cosine:.4f}, relative error "
+            f"{agreement.relative_error:.4f}; loss {fidelity.loss_full:.3f} for the full model, "
+            f"{fidelity.loss_emulator:.3f} for the emulator"
+            + ("" if text.spare else " (on the calibration text: there is no other)")
+        )
+
+    def _text(self, tokenizer, config, records, mesh) -> _Text:
+        from gradot_jax.data.examples import eval_batches
+
         examples = self._examples(tokenizer, config, records)
         batch_size = fit_batch(examples, self.batch_size, mesh)
         batches = list(eval_batches(examples, batch_size))
         batches = batches[: len(examples.input_ids) // batch_size]
         used = min(-(-self.num_sequences // batch_size), max(len(batches) - _HELD_OUT, 1))
-        held_out = batches[used : used + _HELD_OUT] or batches[-1:]
-        result = run_compression(
+        held_out = batches[used : used + _HELD_OUT]
+        return _Text(batches[:used], held_out or batches[-1:], bool(held_out))
+
+    def _foresee(self, config, params, split, batches, mesh) -> None:
+        """Says what will be stored and the memory it takes; refuses what does not fit."""
+        import jax
+        import jax.numpy as jnp
+
+        from gradot_jax.offsite.estimate import estimate_memory
+        from gradot_jax.offsite.forecast import forecast
+
+        stored = params.shell.embed_tokens.dtype
+        size, length = batches[0].input_ids.shape
+        shape = {"data": 1, "model": 1} if mesh is None else mesh.mesh.shape
+        estimate = estimate_memory(
             config,
-            params,
+            stored,
             split,
-            batches[:used],
-            self.options,
-            mesh=mesh,
-            checkpoints=self.checkpoints,
-            progress=True,
+            batch_size=size,
+            num_batches=len(batches),
+            length=length,
+            options=self.options,
+            compute_dtype=self.dtype,
+            offload=self.offload,
+            **shape,
         )
-        if original is not None:
-            digest = base_digest(config, original, result.emulator.adapter.spec)
-        fidelity = gradient_fidelity(config, params, result.emulator, held_out)
-        calibration = {
-            **result.calibration,
-            "fidelity": fidelity.to_values(),
-            "held_out": used < len(batches),
-            "data": records.digest,
-            "sequence_length": int(examples.input_ids.shape[1]),
-            "options": dataclasses.asdict(self.options),
-            "environment": environment(),
-        }
-        with output_folder(self.out, overwrite=self.overwrite) as out:
-            calibration[BUNDLE_DIGEST] = save_bundle(
-                out / "bundle",
-                config,
-                result.emulator,
-                method=result.plan.method,
-                attention_budget=result.plan.attention_budget,
-                mlp_budget=result.plan.mlp_budget,
-                shapes=result.plan.shapes,
-                base_digest=digest,
-                dtype=jnp.dtype(stored).name,
-                tokenizer_from=folder,
+        found = rooms(estimate, 1 if mesh is None else jax.local_device_count())
+        if self.dry_run:
+            shipped = jnp.dtype(self.store_dtype or stored)
+            lines = forecast_lines(
+                forecast(config, split, self.options), shipped.name, shipped.itemsize
             )
-            save_owner(out / "owner", result.plan, result.scores, calibration)
-        agreement = fidelity.adapter
-        print(
-            f"adapter gradient: cosine {agreement.cosine:.4f}, relative error "
-            f"{agreement.relative_error:.4f}; loss {fidelity.loss_full:.3f} for the full model, "
-            f"{fidelity.loss_emulator:.3f} for the emulator"
-            + ("" if used < len(batches) else " (on the calibration text: there is no other)")
-        )
-        share = count_params(result.emulator) / count_params(params)
-        print(f"{self.out / 'bundle'}: to ship, {share:.1%} of the model's parameters")
-        print(f"{self.out / 'owner'}: to keep")
+            text = f"{len(batches)} batches of {size} sequences of {length} tokens"
+            say(*lines, line("calibration", text), *memory_lines(estimate, found))
+            return
+        say(f"memory: about {', '.join(map(str, found))}")
+        if not self.ignore_memory:
+            check_rooms(found)
+
+    def _write(self, folder, config, original, result, record) -> None:
+        import jax.numpy as jnp
+
+        from gradot_jax.evaluation.record import environment
+        from gradot_jax.files.folder import output_folder
+        from gradot_jax.models.opt.params import count_params
+        from gradot_jax.offsite.bundle import save_bundle
+        from gradot_jax.offsite.digest import base_digest
+        from gradot_jax.offsite.owner import BUNDLE_DIGEST, save_owner
+        from gradot_jax.parallel import one_writer, to_host
+
+        plan, emulator = result.plan, to_host(result.emulator)
+        record |= {"options": dataclasses.asdict(self.options), "environment": environment()}
+        with one_writer(self.out) as writes:
+            if not writes:
+                return
+            with output_folder(self.out, overwrite=self.overwrite) as out:
+                record[BUNDLE_DIGEST] = save_bundle(
+                    out / "bundle",
+                    config,
+                    emulator,
+                    method=plan.method,
+                    attention_budget=plan.attention_budget,
+                    mlp_budget=plan.mlp_budget,
+                    shapes=plan.shapes,
+                    # Of the weights as they are stored, and of the split that is shipped.
+                    base_digest=base_digest(config, original, emulator.adapter.spec),
+                    dtype=jnp.dtype(self.store_dtype or original.shell.embed_tokens.dtype).name,
+                    tokenizer_from=folder,
+                )
+                save_owner(out / "owner", plan, result.scores, record)
+            share = count_params(emulator) / count_params(original)
+            print(f"{self.out / 'bundle'}: to ship, {share:.1%} of the model's parameters")
+            print(f"{self.out / 'owner'}: to keep")
 
     def _examples(self, tokenizer, config, records):
         from gradot_jax.cli.data import example_length, examples_of

@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from gradot_jax.cli.common import OnDevices, data_axis
+from gradot_jax.cli.common import OnHosts, data_axis
 from gradot_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(OnDevices):
+class Evaluate(OnHosts):
     """Measures a model, a bundle's emulator, or the emulator with a tuned adapter.
 
     Text is measured by perplexity over windows that share no token, prompts with completions by
@@ -41,6 +41,8 @@ class Evaluate(OnDevices):
         overwrite: replace an existing file.
     """
 
+    MEMORY = ("batch_size", "sequence_length", "dtype", "mesh")
+
     out: Path
     data: str | None = None
     lm_eval: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class Evaluate(OnDevices):
         self._check()
         from gradot_jax.data.tokenizer import check_vocabulary
         from gradot_jax.evaluation.record import environment, write_result
+        from gradot_jax.parallel import one_writer
 
         # What is missing is found before anything large is loaded.
         measure = self._measure_tasks() if self.data is None else self._measure_data(self.data)
@@ -68,8 +71,11 @@ class Evaluate(OnDevices):
         config, params, tokenizer = self._load(mesh)
         check_vocabulary(tokenizer, config.vocab_size)
         result = measure(config, params, tokenizer, mesh)
-        write_result(self.out, result | {"dtype": self.dtype, "environment": environment()})
-        _show(result["metrics"])
+        result |= {"dtype": self.dtype, "environment": environment()}
+        with one_writer(self.out) as writes:
+            if writes:
+                write_result(self.out, result)
+                _show(result["metrics"])
 
     def _check(self) -> None:
         if (self.model is None) == (self.bundle is None):
@@ -163,14 +169,13 @@ class Evaluate(OnDevices):
         return measure
 
     def _metrics(self, config, params, tokenizer, records, mesh) -> dict:
-        import jax
-
         from gradot_jax.cli.data import example_length, examples_of
         from gradot_jax.data.examples import eval_batches
         from gradot_jax.data.records import ChoiceRecords, PromptRecords
         from gradot_jax.evaluation.exact_match import exact_match
         from gradot_jax.evaluation.multiple_choice import multiple_choice
         from gradot_jax.evaluation.perplexity import perplexity
+        from gradot_jax.parallel import put
 
         length = example_length(config, self.sequence_length)
         devices = data_axis(mesh)
@@ -182,7 +187,7 @@ class Evaluate(OnDevices):
             return dataclasses.asdict(scores)
         batches = eval_batches(examples_of(tokenizer, config, records, length), batch_size)
         if mesh is not None:
-            batches = (jax.device_put(batch, mesh.batched) for batch in batches)
+            batches = (put(batch, mesh.batched) for batch in batches)
         measure = exact_match if isinstance(records, PromptRecords) else perplexity
         return dataclasses.asdict(measure(config, params, batches))
 

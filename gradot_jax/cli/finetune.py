@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from gradot_jax.cli.common import OnDevices, check_new, fit_batch
+from gradot_jax.cli.common import OnHosts, check_new, fit_batch
 from gradot_jax.errors import InputError
 
 _SETTINGS = (
@@ -20,7 +20,7 @@ _SETTINGS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finetune(OnDevices):
+class Finetune(OnHosts):
     """Tunes the adapter of a bundle on the data owner's text; all else stays frozen.
 
     Writes OUT/adapter, to return to the model's owner, OUT/metrics.jsonl, and OUT/checkpoints,
@@ -51,6 +51,8 @@ class Finetune(OnDevices):
         resume: go on from the newest checkpoint in OUT, or start where there is none.
         overwrite: replace an existing folder.
     """
+
+    MEMORY = ("remat", "accumulate", "batch_size", "sequence_length", "dtype", "mesh")
 
     bundle: Path
     train: str
@@ -91,6 +93,7 @@ class Finetune(OnDevices):
         from gradot_jax.offsite.checkpoint import tree_digest
         from gradot_jax.offsite.finetune import finetune_adapter
         from gradot_jax.offsite.optimizer import make_optimizer
+        from gradot_jax.parallel import one_writer, to_host
 
         mesh = self.device_mesh()
         updates = self.num_steps // self.accumulate
@@ -115,9 +118,11 @@ class Finetune(OnDevices):
                 tokenizer, bundle.config, self.validation, self.sequence_length
             )
             validation = list(eval_batches(held_out, batch_size))
-        if self.overwrite:
-            shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir(parents=True, exist_ok=True)
+        with one_writer(self.out) as writes:
+            if writes and self.overwrite:
+                shutil.rmtree(self.out, ignore_errors=True)
+            if writes:
+                self.out.mkdir(parents=True, exist_ok=True)
         adapter = finetune_adapter(
             bundle.config,
             bundle.emulator,
@@ -142,5 +147,8 @@ class Finetune(OnDevices):
             metrics_path=self.out / "metrics.jsonl",
             progress=True,
         )
-        save_adapter(self.out / "adapter", adapter, bundle, overwrite=self.resume)
-        print(f"{self.out / 'adapter'}: to return to the model's owner")
+        adapter = to_host(adapter)
+        with one_writer(self.out / "adapter") as writes:
+            if writes:
+                save_adapter(self.out / "adapter", adapter, bundle, overwrite=self.resume)
+                print(f"{self.out / 'adapter'}: to return to the model's owner")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from gradot_jax.cli.common import Debuggable
 from gradot_jax.cli.compare import Compare
 from gradot_jax.cli.compress import Compress
 from gradot_jax.cli.demo import Demo
@@ -14,10 +15,14 @@ from gradot_jax.cli.evaluate import Evaluate
 from gradot_jax.cli.export import Export
 from gradot_jax.cli.finetune import Finetune
 from gradot_jax.cli.inspect import Inspect
+from gradot_jax.cli.memory import memory_advice
 from gradot_jax.cli.plug_in import PlugIn
-from gradot_jax.errors import InputError
+from gradot_jax.errors import InputError, out_of_memory
 
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_LONGEST_REASON = 200
+"""Characters of what XLA says about lack of memory, which may be pages of buffers."""
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -47,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gradot_jax").setLevel(logging.INFO)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = None
     try:
         command = tyro.cli(
             Command,
@@ -62,12 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments:
             raise
+        print(f"gradot: error: {_paragraph(error, command)}", file=sys.stderr)
         refused = isinstance(error, InputError)
-        paragraph = " ".join(str(error).split())
-        kind = "" if refused else f"{type(error).__name__}: "
-        print(f"gradot: error: {kind}{paragraph}", file=sys.stderr)
         return REFUSED if refused else getattr(error, "exit_code", FAILED)
     return DONE
+
+
+def _paragraph(error: Exception, command: Debuggable | None) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if out_of_memory(error):
+        return f"{memory_advice(command)} ({text[:_LONGEST_REASON]})"
+    return f"{type(error).__name__}: {text}"
 
 
 def program() -> None:

@@ -18,7 +18,6 @@ from gradot_jax.comparison.memory import (
 )
 from gradot_jax.comparison.shares import share_shipped, share_verbatim
 from gradot_jax.comparison.testbed import Testbed
-from gradot_jax.comparison.tuning import few_scans
 from gradot_jax.comparison.variants import Subject, variant_options
 from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
 from gradot_jax.offsite.bundle import load_bundle, save_bundle
@@ -75,7 +74,7 @@ class CompressionCell:
         if self._emulator is None:
             if not self.bundle.is_dir():
                 self._save(self._run())
-            self._emulator = few_scans(load_bundle(self.bundle).emulator)
+            self._emulator = load_bundle(self.bundle).emulator
         return self._emulator
 
     def drop(self) -> None:

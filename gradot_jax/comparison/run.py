@@ -26,7 +26,7 @@ from gradot_jax.comparison.task import Task
 from gradot_jax.comparison.testbed import Testbed
 from gradot_jax.comparison.tuning import all_blocks
 from gradot_jax.comparison.variants import FULL, REFERENCES, Subject, subjects
-from gradot_jax.errors import InputError
+from gradot_jax.errors import InputError, out_of_memory
 from gradot_jax.evaluation.record import environment
 from gradot_jax.offsite.checkpoint import tree_digest
 from gradot_jax.offsite.emulator import SplitModel, split_model
@@ -34,7 +34,6 @@ from gradot_jax.offsite.finetune import DivergenceError
 
 logger = logging.getLogger("gradot_jax")
 
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _CODE_BYTES = 2**30
 """Growth of the process after which compiled code is thrown away."""
 
@@ -99,7 +98,7 @@ def run_comparison(
         try:
             bench.run(subject, drop_bundle=drop_bundles)
         except (InputError, DivergenceError, jax.errors.JaxRuntimeError) as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and _OUT_OF_MEMORY not in str(error):
+            if isinstance(error, jax.errors.JaxRuntimeError) and not out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
             logger.warning("%s: not run: %s", subject.label, reason)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -14,11 +13,8 @@ from gradot_jax.comparison.testbed import Testbed
 from gradot_jax.data.examples import epoch_batches, eval_batches
 from gradot_jax.models.opt.params import (
     Params,
-    Shared,
     concatenate_blocks,
-    segment_blocks,
     slice_blocks,
-    unstack_blocks,
 )
 from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.finetune import finetune_adapter
@@ -105,17 +101,6 @@ def tune(
     records = map(json.loads, curve.read_text(encoding="utf-8").splitlines())
     loss, step = min((r["validation_loss"], r["step"]) for r in records if "validation_loss" in r)
     return adapter, loss, step
-
-
-def few_scans(emulator: SplitModel) -> SplitModel:
-    """The same function in fewer segments, filled up with zeros: less to compile."""
-    middle, ends = [], []
-    for start, stop in pairwise((0, *emulator.inner_after, len(emulator.middle))):
-        gap = emulator.middle[start:stop]
-        shares = any(isinstance(segment, Shared) for segment in gap)
-        middle += gap if shares else segment_blocks(unstack_blocks(gap), pad=True)
-        ends.append(len(middle))
-    return emulator.replace(middle=tuple(middle), inner_after=tuple(ends[:-1]))
 
 
 def all_blocks(params: Params) -> SplitModel:

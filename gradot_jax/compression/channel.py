@@ -9,7 +9,7 @@ from gradot_jax.nn.linear import Dense
 
 
 def prune_channels(fc1: Dense, fc2: Dense, kept: np.ndarray) -> tuple[Dense, Dense]:
-    """The MLP on the kept channels alone.
+    """The MLP on the kept channels alone, on the host as `rank.factorise`.
 
     Args:
         fc1: kernel `[D, F]`, bias `[F]` or None.
@@ -19,6 +19,7 @@ def prune_channels(fc1: Dense, fc2: Dense, kept: np.ndarray) -> tuple[Dense, Den
     Returns:
         Maps `D -> C` and `C -> D`.
     """
+    fc1, fc2 = jax.tree.map(np.asarray, (fc1, fc2))
     bias = None if fc1.bias is None else fc1.bias[kept]
     return Dense(fc1.kernel[:, kept], bias), Dense(fc2.kernel[kept], fc2.bias)
 

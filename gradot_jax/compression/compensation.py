@@ -36,12 +36,12 @@ def refit_low_rank(
         np.asarray(reduced.left),
         damping,
     )
-    return reduced.replace(right=jnp.asarray(right, reduced.right.dtype))
+    return reduced.replace(right=right.astype(reduced.right.dtype))
 
 
 def refit_channels(
     original: Dense, kept: np.ndarray, factors: KroneckerFactors, damping: float
-) -> jax.Array:
+) -> np.ndarray:
     """Least-squares refit of fc2's kept rows on the calibration activations, `refit_rows`.
 
     Args:
@@ -54,4 +54,4 @@ def refit_channels(
         Kernel `[C, D]`.
     """
     moment, kernel = np.asarray(factors.input_covariance), np.asarray(original.kernel)
-    return jnp.asarray(refit_rows(moment, kernel, kept, damping), original.kernel.dtype)
+    return refit_rows(moment, kernel, kept, damping).astype(original.kernel.dtype)

@@ -20,6 +20,7 @@ from gradot_jax.compression.score import ScoreTerms
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.nn.linear import Dense, LowRank
+from gradot_jax.parallel import DeviceMesh
 
 
 class LayerWeights(NamedTuple):
@@ -55,12 +56,16 @@ class ScoringRule(NamedTuple):
     """How a method scores a layer.
 
     Attributes:
-        decompose: components of attention kernels `[S, D_in, D_out]`, most important first.
+        decompose: of attention kernels `[S, D_in, D_out]`, the factors and a mesh or None, over
+            whose devices the sites are spread; components, most important first.
         terms: score terms of the components and of the channels.
+        decomposes_alone: whether `decompose` looks at kernels alone, so that those of several
+            layers can be decomposed at once.
     """
 
-    decompose: Callable[[jax.Array, LayerFactors | None], SVD]
+    decompose: Callable[..., SVD]
     terms: Callable[[LayerWeights, SVD, LayerFactors | None], LayerTerms]
+    decomposes_alone: bool = False
 
 
 class Candidate(NamedTuple):
@@ -79,14 +84,28 @@ class Candidate(NamedTuple):
     factors: LayerFactors | None
 
 
-def propose(weights: LayerWeights, factors: LayerFactors | None, rule: ScoringRule) -> Candidate:
+def propose(
+    weights: LayerWeights,
+    factors: LayerFactors | None,
+    rule: ScoringRule,
+    mesh: DeviceMesh | None = None,
+    decomposition: SVD | None = None,
+) -> Candidate:
     """Decomposes and scores one layer.
+
+    Args:
+        weights: the layer, in the dtype in which it is stored; on a mesh whole on each device.
+        factors: of the same layer, likewise; None for a rule that reads none.
+        rule: see `compression.rule`.
+        mesh: devices to spread the decompositions over.
+        decomposition: where it is known already.
 
     Raises:
         ValueError: when the rule needs factors and there are none, or for a kernel or a factor
             that is not finite.
     """
-    decomposition = rule.decompose(weights.attention.kernel, factors)
+    if decomposition is None:
+        decomposition = rule.decompose(weights.attention.kernel, factors, mesh)
     return Candidate(weights, decomposition, rule.terms(weights, decomposition, factors), factors)
 
 
@@ -105,6 +124,8 @@ def cut_attention(
     damping: float,
 ) -> tuple[Dense | LowRank, tuple[int, ...] | None]:
     """One attention map at its rank, and the components that it keeps.
+
+    A cut is made on the host: on a device each new rank would be a new program to compile.
 
     Args:
         candidate: the layer.

@@ -258,9 +258,14 @@ class CompressionOptions:
         return self.method == "gradot" and uses_lambda
 
     @property
-    def reads_factors(self) -> bool:
-        """Whether Kronecker factors are read."""
-        return self.method in ("gradot", "activation-svd") or self.compensates
+    def reads(self) -> Literal["factors", "inputs", "weights"]:
+        """What scores and compensations look at: Kronecker factors, moments of inputs, or neither.
+
+        Each includes what comes after it.
+        """
+        if self.method == "gradot":
+            return "factors"
+        return "inputs" if self.method == "activation-svd" or self.compensates else "weights"
 
 
 def check_budget(name: str, budget: float) -> None:

@@ -105,11 +105,9 @@ class Plan:
 
     def to_json(self) -> str:
         """JSON that `from_json` turns back into an equal plan."""
-        values: dict[str, Any] = dataclasses.asdict(self)
-        for layer in values["layers"]:
-            if "components" in layer:
-                layer["components"] = dict(layer["components"])
-        return json.dumps(values)
+        return json.dumps(
+            {**dataclasses.asdict(self), "layers": [layer_values(layer) for layer in self.layers]}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -120,7 +118,7 @@ class Plan:
         """
         try:
             values = json.loads(text)
-            layers = tuple(map(_read_layer, values.pop("layers")))
+            layers = tuple(map(read_layer, values.pop("layers")))
             inner = _ascending("inner", values.pop("inner"))
             layer_map = tuple(values.pop("layer_map"))
             plan = cls(layers=layers, inner=inner, layer_map=layer_map, **values)
@@ -130,7 +128,20 @@ class Plan:
         return plan
 
 
-def _read_layer(values: dict[str, Any]) -> LayerPlan | HarmonizerPlan:
+def layer_values(layer: LayerPlan | HarmonizerPlan) -> dict[str, Any]:
+    """One layer's plan as JSON values, which `read_layer` turns back."""
+    if isinstance(layer, HarmonizerPlan):
+        return dataclasses.asdict(layer)
+    components = {site: None if kept is None else list(kept) for site, kept in layer.components}
+    return {"layer": layer.layer, "components": components, "channels": list(layer.channels)}
+
+
+def read_layer(values: dict[str, Any]) -> LayerPlan | HarmonizerPlan:
+    """One layer's plan from JSON values.
+
+    Raises:
+        ValueError: when they are not a layer's plan; or KeyError, TypeError.
+    """
     if "rank" in values:
         plan = HarmonizerPlan(**values)
         _ascending("harmonizer", [plan.layer])

@@ -23,8 +23,10 @@ def keep_order(scores: jax.Array, floor: int) -> jax.Array:
     return jnp.argsort(jnp.where(protected, jnp.inf, scores), descending=True, stable=True)
 
 
-def factorise(decomposition: SVD, kept: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def factorise(decomposition: SVD, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two factors from the kept components, each carrying the root of the singular values.
+
+    On the host: on a device each new rank would be a new program to compile.
 
     Args:
         decomposition: of the kernel `[D_in, D_out]`.
@@ -33,6 +35,6 @@ def factorise(decomposition: SVD, kept: np.ndarray) -> tuple[jax.Array, jax.Arra
     Returns:
         `left [D_in, R]` and `right [R, D_out]`.
     """
-    u, s, v = decomposition
-    root = jnp.sqrt(s[kept])[None]
-    return u[:, kept] * root, (v[:, kept] * root).T
+    u, s, v = map(np.asarray, decomposition)
+    root = np.sqrt(s[kept])
+    return u[:, kept] * root, np.ascontiguousarray(v.T[kept]) * root[:, None]

@@ -23,6 +23,7 @@ from gradot_jax.compression.score import (
 )
 from gradot_jax.linalg.svd import SVD, svd
 from gradot_jax.linalg.whitened import whitened_svd
+from gradot_jax.parallel import DeviceMesh
 
 WHITENING_DAMPING = 1e-4
 """Ridge on the factors that whiten a kernel, relative to their mean diagonal."""
@@ -40,20 +41,24 @@ def _needed(factors: LayerFactors | None, why: str) -> LayerFactors:
     return factors
 
 
-def _plain(kernels: jax.Array, factors: LayerFactors | None) -> SVD:
+def _plain(kernels: jax.Array, factors: LayerFactors | None, mesh: DeviceMesh | None = None) -> SVD:
     del factors
-    return svd(kernels)
+    return svd(kernels, mesh=mesh)
 
 
-def _whitened(kernels: jax.Array, factors: LayerFactors | None) -> SVD:
+def _whitened(
+    kernels: jax.Array, factors: LayerFactors | None, mesh: DeviceMesh | None = None
+) -> SVD:
     attention = _needed(factors, "the whitened basis").attention
-    inputs, outputs = attention.input_covariance, attention.gradient_covariance
-    return whitened_svd(kernels, inputs, outputs, damping=WHITENING_DAMPING)
+    moments = attention.input_covariance, attention.gradient_covariance
+    return whitened_svd(kernels, *moments, damping=WHITENING_DAMPING, mesh=mesh)
 
 
-def _input_whitened(kernels: jax.Array, factors: LayerFactors | None) -> SVD:
-    inputs = _needed(factors, "the whitened basis").attention.input_covariance
-    return whitened_svd(kernels, inputs, damping=WHITENING_DAMPING)
+def _input_whitened(
+    kernels: jax.Array, factors: LayerFactors | None, mesh: DeviceMesh | None = None
+) -> SVD:
+    moments = _needed(factors, "the whitened basis").attention.input_covariance
+    return whitened_svd(kernels, moments, damping=WHITENING_DAMPING, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("component_score", "channel_score"))
@@ -100,7 +105,11 @@ def gradot_rule(
     whitened = attention_basis == "whitened"
     component_score = "whitened" if whitened else attention_score
     terms = partial(gradot_terms, component_score=component_score, channel_score=channel_score)
-    return ScoringRule(_whitened if whitened else _plain, terms)
+    return (
+        ScoringRule(_whitened, terms)
+        if whitened
+        else ScoringRule(_plain, terms, decomposes_alone=True)
+    )
 
 
 @jax.jit
@@ -112,7 +121,7 @@ def magnitude_terms(
     return _without_gradient(decomposition.values, channel_norms(weights.fc1, weights.fc2))
 
 
-MAGNITUDE = ScoringRule(_plain, magnitude_terms)
+MAGNITUDE = ScoringRule(_plain, magnitude_terms, decomposes_alone=True)
 
 
 @jax.jit
@@ -145,7 +154,7 @@ def random_rule(seed: int, layer: int) -> ScoringRule:
             jax.random.uniform(of_channels, (weights.fc1.shape[1],)),
         )
 
-    return ScoringRule(_plain, terms)
+    return ScoringRule(_plain, terms, decomposes_alone=True)
 
 
 def _without_gradient(components: jax.Array, channels: jax.Array) -> LayerTerms:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gradot_jax.linalg.gram import Gram, symmetric
 from gradot_jax.nn.linear import Dense
 from gradot_jax.nn.tap import InputMoments
 
@@ -23,7 +24,7 @@ class KroneckerFactors(NamedTuple):
     Attributes:
         input_covariance: A, `[D_in, D_in]`, not centred.
         input_mean: `[D_in]`, the border of A for the bias.
-        gradient_covariance: G, `[D_out, D_out]`.
+        gradient_covariance: G, `[D_out, D_out]`; None where only inputs were looked at.
         gradient: dW and db of the summed loss over N, `[D_in, D_out]` and `[D_out]`; None if not
             asked for.
         removal_fisher: M, `[D_in, D_in]`, with `M_jk = (1/N) sum_n r_nj r_nk` and
@@ -33,37 +34,41 @@ class KroneckerFactors(NamedTuple):
 
     input_covariance: jax.Array
     input_mean: jax.Array
-    gradient_covariance: jax.Array
+    gradient_covariance: jax.Array | None
     gradient: Dense | None
     removal_fisher: jax.Array | None = None
 
 
+@jax.jit
 def normalise(
     inputs: InputMoments,
-    outputs: jax.Array,
+    outputs: Gram | None,
     gradient: Dense | None,
     num_tokens: jax.Array | float,
-    removals: jax.Array | None = None,
+    removals: Gram | None = None,
 ) -> KroneckerFactors:
-    """Divides sums over tokens by their number.
+    """Divides sums over tokens by their number, and fills in the half that symmetry gives.
 
     Args:
         inputs: summed moments of x.
-        outputs: summed `g g^T`, `[D_out, D_out]`.
+        outputs: summed `g g^T`, or None.
         gradient: gradient of the summed loss, or None.
         num_tokens: N.
-        removals: summed `r r^T` of the input's removals, `[D_in, D_in]`, or None.
+        removals: summed `r r^T` of the input's removals, or None.
     """
 
     def mean(leaf):
         return leaf.astype(jnp.float32) / num_tokens
 
+    def whole(matrix: Gram | None) -> jax.Array | None:
+        return None if matrix is None else mean(symmetric(matrix))
+
     return KroneckerFactors(
-        input_covariance=mean(inputs.second),
+        input_covariance=mean(symmetric(inputs.second)),
         input_mean=mean(inputs.first),
-        gradient_covariance=mean(outputs),
+        gradient_covariance=whole(outputs),
         gradient=jax.tree.map(mean, gradient),
-        removal_fisher=jax.tree.map(mean, removals),
+        removal_fisher=whole(removals),
     )
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-import jax
 import numpy as np
 
 from gradot_jax.errors import InputError
@@ -12,6 +11,7 @@ from gradot_jax.evaluation.scores import sequence_scores
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
 from gradot_jax.nn.batch import Batch
+from gradot_jax.parallel import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def exact_match(config: OPTConfig, params: Params, batches: Iterable[Batch]) -> 
     """
     matches, total, count = 0, 0.0, 0
     for batch in batches:
-        scores = jax.device_get(sequence_scores(config, params, batch))
+        scores = to_host(sequence_scores(config, params, batch))
         real = scores.num_targets > 0
         matches += int((scores.exact & real).sum())
         total += float(np.sum(scores.log_likelihood[real], dtype=np.float64))

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -23,7 +22,7 @@ from gradot_jax.evaluation.scores import sequence_scores
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
 from gradot_jax.models.opt.partition import shard_params
-from gradot_jax.parallel import DeviceMesh
+from gradot_jax.parallel import DeviceMesh, put, to_host
 from gradot_jax.progress import track
 
 Bos = Literal["tokenizer", "never"]
@@ -197,7 +196,7 @@ class HarnessModel(TemplateLM):
             examples = padded_examples([rows[index] for index in indices], length)
             for start, batch in enumerate(eval_batches(examples, self.batch_size)):
                 scores = sequence_scores(self.config, self.params, self._put(batch))
-                likelihood, exact, _ = jax.device_get(scores)
+                likelihood, exact, _ = to_host(scores)
                 here = indices[start * self.batch_size :][: self.batch_size]
                 yield from (
                     (index, (float(likelihood[row]), bool(exact[row])))
@@ -209,7 +208,7 @@ class HarnessModel(TemplateLM):
         return min(max(_SHORTEST, 1 << (length - 1).bit_length()), self.max_length)
 
     def _put(self, batch):
-        return batch if self.mesh is None else jax.device_put(batch, self.mesh.batched)
+        return batch if self.mesh is None else put(batch, self.mesh.batched)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy completions, each up to a stop string, the end token or its number of tokens.
@@ -238,7 +237,7 @@ class HarnessModel(TemplateLM):
             for row, job in active:
                 ids[row, : len(job.ids)], counts[row] = job.ids, len(job.ids)
             inputs = self._put((ids, counts))
-            tokens = jax.device_get(next_tokens(self.config, self.params, *inputs))
+            tokens = to_host(next_tokens(self.config, self.params, *inputs))
             for row, job in active:
                 if tokens[row] < 0:
                     text = self.tokenizer.decode(job.ids)[-60:]

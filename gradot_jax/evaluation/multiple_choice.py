@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from gradot_jax.data.examples import choice_examples, eval_batches
@@ -14,6 +13,7 @@ from gradot_jax.evaluation.scores import sequence_scores
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Params
 from gradot_jax.nn.batch import Batch
+from gradot_jax.parallel import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _scores(
 ) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
     """Each item with the log-likelihoods and the exactness of its continuations."""
     scores = [
-        jax.device_get(sequence_scores(config, params, batch))
+        to_host(sequence_scores(config, params, batch))
         for batch in eval_batches(questions.examples, batch_size)
     ]
     likelihood = np.concatenate([batch.log_likelihood for batch in scores]).astype(np.float64)

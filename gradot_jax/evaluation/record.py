@@ -27,6 +27,7 @@ def environment() -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
+        "num_cores": os.cpu_count(),
     }
 
 

@@ -1,14 +1,15 @@
 """Reading and writing safetensors files; nothing else in the package calls that library."""
 
-import re
-from collections.abc import Collection, Iterator, Mapping
+import json
+import math
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.strict_json import parse_json
@@ -19,11 +20,25 @@ FLOATS = ("float32", "float16", "bfloat16")
 _MAX_HEADER_BYTES = 32 * 2**20
 _NUMPY_NAMES = {
     "BOOL": "bool",
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
     "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
+"""In the library's order, which is also the reverse of that in a file: large items first, so that
+each tensor is aligned to its item size."""
+
+_FORMAT_NAMES = {numpy: name for name, numpy in _NUMPY_NAMES.items()}
+_BLOCK = 2**20
+"""Elements copied or looked at together; what is temporary is no larger."""
 
 
 class TensorSpec(NamedTuple):
@@ -38,9 +53,6 @@ def write_tensors(
 ) -> None:
     """Writes arrays to a safetensors file and verifies what was written.
 
-    Arrays are made contiguous first: `safetensors.numpy.save_file` writes the memory of a
-    transposed view as it lies.
-
     Args:
         path: the file; its folder exists.
         tensors: any numpy or JAX arrays by name, bfloat16 included.
@@ -49,22 +61,74 @@ def write_tensors(
     Raises:
         OSError: when the file cannot be written or reads back differently.
     """
-    arrays = {name: np.asarray(a, order="C") for name, a in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        safetensors.numpy.save_file(arrays, str(path), metadata=dict(metadata or {}))
-    except safetensors.SafetensorError as error:
-        # The library tells a full disk from other failures only in its text.
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else 0, str(error), str(path)) from error
-    # The library makes the file readable by its owner alone, whatever the umask.
-    path.chmod(mode)
+    specs = {name: TensorSpec(a.shape, a.dtype.name) for name, a in tensors.items()}
+    stream_tensors(path, specs, tensors.items(), metadata)
+
+
+def stream_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes arrays as they come, so that only one need be in memory, and verifies the file.
+
+    Args:
+        path: the file; its folder exists.
+        specs: shape and dtype of every tensor to come, by name.
+        tensors: names and arrays in any order.
+        metadata: strings for the header.
+
+    Raises:
+        ValueError: when other tensors come than were announced.
+        OSError: when the file cannot be written or reads back differently.
+    """
+    header, offsets = _layout(specs, metadata)
+    sums: dict[str, int] = {}
+    with path.open("wb") as file:
+        file.write(header)
+        for name, array in tensors:
+            data = _bytes(_announced(specs, name, array))
+            file.seek(offsets[name])
+            file.write(data)
+            sums[name] = zlib.crc32(data)
+    if absent := sorted(specs.keys() - sums.keys()):
+        raise ValueError(f"{path}: announced, but not written: {', '.join(absent)}")
     for name, written in iterate_tensors(path):
-        array = arrays[name]
-        same = (written.shape, written.dtype) == (array.shape, array.dtype)
-        if not same or not np.array_equal(_bytes(written), _bytes(array)):
+        same = (written.shape, written.dtype.name) == specs[name]
+        if not same or zlib.crc32(_bytes(written)) != sums[name]:
             raise OSError(f"{path}: tensor {name} reads back differently from what was written")
+
+
+def _announced(specs: Mapping[str, TensorSpec], name: str, array: np.ndarray) -> np.ndarray:
+    if specs.get(name) != (array.shape, array.dtype.name):
+        raise ValueError(
+            f"tensor {name}: got {array.dtype.name} {array.shape}, announced {specs.get(name)}"
+        )
+    # The memory of a transposed view does not lie as the file wants it.
+    return np.asarray(array, order="C")
+
+
+def _layout(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """Header of a file, its length included, and where in the file each tensor begins."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = {}, 0
+    order = list(_FORMAT_NAMES)
+    for name in sorted(specs, key=lambda n: (-order.index(specs[n].dtype), n)):
+        shape, dtype = specs[name]
+        starts[name] = end
+        end += math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {
+            "dtype": _FORMAT_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    return prefix, {name: len(prefix) + start for name, start in starts.items()}
 
 
 def read_specs(path: Path) -> dict[str, TensorSpec]:
@@ -74,14 +138,26 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
         InputError: when the file is absent, truncated, overlong or inconsistent, names a tensor
             twice, or holds a dtype that numpy has not.
     """
-    header = _read_header(path)
+    return {name: spec for name, (spec, _) in read_layout(path).items()}
+
+
+def read_layout(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """What `read_specs` reads, and the byte of the file at which each tensor begins.
+
+    Raises:
+        InputError: as `read_specs`.
+    """
+    header, start = _read_header(path)
     header.pop("__metadata__", None)
     _open(path)
     unknown = sorted(name for name, e in header.items() if e["dtype"] not in _NUMPY_NAMES)
     if unknown:
         raise InputError(f"{path}: unknown dtype of {_listed(list(map(_printable, unknown)))}")
     return {
-        name: TensorSpec(tuple(entry["shape"]), _NUMPY_NAMES[entry["dtype"]])
+        name: (
+            TensorSpec(tuple(entry["shape"]), _NUMPY_NAMES[entry["dtype"]]),
+            start + entry["data_offsets"][0],
+        )
         for name, entry in header.items()
     }
 
@@ -165,10 +241,11 @@ def _listed(names: list[str]) -> str:
 
 def check_finite(where: str, name: str, array: np.ndarray) -> None:
     """Raises InputError when an array holds NaN or an infinite number."""
-    finite = np.isfinite(array)
-    if not finite.all():
+    blocks = _blocks(np.atleast_1d(array))
+    number = sum(block.size - np.count_nonzero(np.isfinite(block)) for block in blocks)
+    if number:
         raise InputError(
-            f"{where}: tensor {name} holds NaN or Inf at {int((~finite).sum())} of {array.size} "
+            f"{where}: tensor {name} holds NaN or Inf at {number} of {array.size} "
             "places, expected finite numbers"
         )
 
@@ -179,14 +256,22 @@ def copy_finite(where: str, name: str, source: np.ndarray, target: np.ndarray) -
     Raises:
         InputError: when a number is not finite, before or after the cast.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(target, source, casting="unsafe")
-    if not np.isfinite(target).all():
-        check_finite(where, name, source)
-        raise InputError(
-            f"{where}: tensor {name} holds numbers out of the range of {target.dtype}; "
-            "choose bfloat16 or float32"
-        )
+    pairs = zip(_blocks(np.atleast_1d(source)), _blocks(np.atleast_1d(target)), strict=True)
+    for read, written in pairs:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(written, read, casting="unsafe")
+        if not np.isfinite(written).all():
+            check_finite(where, name, source)
+            raise InputError(
+                f"{where}: tensor {name} holds numbers out of the range of {target.dtype}; "
+                "choose bfloat16 or float32"
+            )
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    rows = max(_BLOCK // max(math.prod(array.shape[1:]), 1), 1)
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
 
 
 def float_dtype(name: str) -> np.dtype:
@@ -200,7 +285,8 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _read_header(path: Path) -> dict:
+def _read_header(path: Path) -> tuple[dict, int]:
+    """The header, parsed, and its end."""
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -212,7 +298,7 @@ def _read_header(path: Path) -> dict:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(header) < length:
         raise InputError(f"{path}: truncated in its header")
-    return parse_json(header, f"{path} (header)")
+    return parse_json(header, f"{path} (header)"), len(prefix) + length
 
 
 def _open(path: Path):

@@ -1,13 +1,21 @@
 """Singular value decomposition of a batch of matrices, checked."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_RESIDUAL_LIMIT = 1e-4
+from gradot_jax.linalg.decomposition import Algorithm, decompose, default_algorithm
+from gradot_jax.linalg.spread import over_devices
+from gradot_jax.parallel import DeviceMesh, put, to_host
+
+ERROR_LIMIT = 1e-4
+"""Largest `Quality.error` that passes: a fifth of what storage in float16 rounds off a weight."""
+
+_product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class SVD(NamedTuple):
@@ -24,54 +32,108 @@ class SVD(NamedTuple):
     right: jax.Array
 
 
-def svd(matrices: jax.Array) -> SVD:
+class Quality(NamedTuple):
+    """How far decompositions `W ~ U S V^T` can be trusted; `[...]` each.
+
+    Attributes:
+        residual: `|| W - U S V^T || / || W ||`, Frobenius.
+        orthogonality: the largest entry of `| U^T U - I |` and `| V^T V - I |`.
+    """
+
+    residual: jax.Array
+    orthogonality: jax.Array
+
+    @property
+    def error(self) -> jax.Array:
+        """The worse of both; NaN where either is."""
+        return jnp.maximum(self.residual, self.orthogonality)
+
+
+def svd(
+    matrices: jax.Array | np.ndarray,
+    *,
+    mesh: DeviceMesh | None = None,
+    algorithm: Literal["auto"] | Algorithm = "auto",
+) -> SVD:
     """Decomposes matrices in float32 on the device, or in float64 on the host where that fails.
 
     Signs are canonical: the entry of largest magnitude in each left vector is positive.
-    Given a non-finite matrix `jnp.linalg.svd` returns silent NaNs or, on a CPU, never returns; on
+    Given a non-finite matrix a decomposition returns silent NaNs or, on a CPU, never returns; on
     an accelerator it may spoil one matrix of many. So input and result are checked.
 
     Args:
         matrices: `[N, D_in, D_out]`, any float dtype.
+        mesh: devices to spread N over; with several processes all of them call this.
+        algorithm: see `linalg.decomposition`; `auto` is the default of the platform.
 
     Returns:
-        Factors in float32.
+        Factors in float32, whole on each device of the mesh.
 
     Raises:
         ValueError: when a matrix holds NaN or infinity.
     """
     chex.assert_rank(matrices, 3)
-    matrices = matrices.astype(jnp.float32)
-    finite = np.asarray(jnp.isfinite(matrices).all((-2, -1)))
-    if not finite.all():
-        index = int(np.argmin(finite))
-        raise ValueError(f"matrix {index} of {len(finite)} to decompose is not finite")
-    result, residual = _svd_with_residual(matrices)
-    failed = np.flatnonzero(~(np.asarray(residual) <= _RESIDUAL_LIMIT))
+    if algorithm == "auto":
+        platform = jax.default_backend() if mesh is None else mesh.mesh.devices.flat[0].platform
+        algorithm = default_algorithm(platform)
+    result, found, finite = over_devices(_decompose_all, matrices, mesh, algorithm)
+    check_finite(finite, "matrix {} of {} to decompose")
+    failed = np.flatnonzero(~(np.asarray(found.error) <= ERROR_LIMIT))
     if failed.size:
-        u, s, vt = np.linalg.svd(np.asarray(matrices, np.float64)[failed], full_matrices=False)
-        host = _canonical(*(jnp.asarray(a, jnp.float32) for a in (u, s, vt)))
-        result = SVD(*(full.at[failed].set(part) for full, part in zip(result, host, strict=True)))
+        repaired = _on_host(to_host(matrices)[failed])
+        if mesh is not None:
+            repaired = put(repaired, mesh.replicated)
+        result = jax.tree.map(lambda full, part: full.at[failed].set(part), result, repaired)
     return result
 
 
-@jax.jit
-def _svd_with_residual(matrices: jax.Array) -> tuple[SVD, jax.Array]:
-    result = _canonical(*jnp.linalg.svd(matrices, full_matrices=False))
-    error = jnp.linalg.norm(matrices - reconstruct(result), axis=(-2, -1))
+def check_finite(finite: jax.Array, what: str) -> None:
+    """Raises ValueError for the first that is false.
+
+    Args:
+        finite: `[N]`, whole on some device of this process.
+        what: format of index and N.
+    """
+    finite = np.asarray(finite)
+    if not finite.all():
+        raise ValueError(f"{what.format(int(np.argmin(finite)), len(finite))} is not finite")
+
+
+def quality(matrices: jax.Array, decomposition: SVD) -> Quality:
+    """Compares decompositions with the matrices `[..., D_in, D_out]` that they are of."""
     scale = jnp.linalg.norm(matrices, axis=(-2, -1))
-    return result, error / jnp.where(scale > 0, scale, 1)
-
-
-def _canonical(u: jax.Array, s: jax.Array, vt: jax.Array) -> SVD:
-    largest = jnp.take_along_axis(u, jnp.abs(u).argmax(-2)[..., None, :], axis=-2)
-    sign = jnp.where(largest < 0, -1.0, 1.0).astype(u.dtype)
-    return SVD(u * sign, s, jnp.swapaxes(vt, -1, -2) * sign)
+    lost = jnp.linalg.norm(matrices - reconstruct(decomposition), axis=(-2, -1))
+    off = map(_non_orthogonality, (decomposition.left, decomposition.right))
+    return Quality(lost / jnp.where(scale > 0, scale, 1), jnp.maximum(*off))
 
 
 def reconstruct(decomposition: SVD) -> jax.Array:
-    """The matrices `[..., D_in, D_out]` that a decomposition stands for."""
+    """The matrices `[..., D_in, D_out]` that decompositions stand for."""
     left = decomposition.left * decomposition.values[..., None, :]
-    return jnp.einsum(
-        "...ik,...ok->...io", left, decomposition.right, precision=jax.lax.Precision.HIGHEST
-    )
+    return _product("...ik,...ok->...io", left, decomposition.right)
+
+
+def _decompose_all(matrices: jax.Array, algorithm: Algorithm) -> tuple[SVD, Quality, jax.Array]:
+    matrices = matrices.astype(jnp.float32)
+    finite = jnp.isfinite(matrices).all((-2, -1))
+    matrices = jnp.where(finite[:, None, None], matrices, 0)
+    result = _canonical(*decompose(matrices, algorithm))
+    return result, quality(matrices, result), finite
+
+
+def _canonical(u: jax.Array, s: jax.Array, v: jax.Array) -> SVD:
+    largest = jnp.take_along_axis(u, jnp.abs(u).argmax(-2, keepdims=True), axis=-2)
+    sign = jnp.where(largest < 0, -1.0, 1.0).astype(u.dtype)
+    return SVD(u * sign, s, v * sign)
+
+
+def _non_orthogonality(vectors: jax.Array) -> jax.Array:
+    products = _product("...dj,...dk->...jk", vectors, vectors)
+    identity = jnp.broadcast_to(jnp.eye(vectors.shape[-1], dtype=vectors.dtype), products.shape)
+    return jnp.abs(products - identity).max((-2, -1))
+
+
+def _on_host(matrices: np.ndarray) -> SVD:
+    u, s, vt = np.linalg.svd(matrices.astype(np.float64), full_matrices=False)
+    parts = (np.asarray(part, np.float32) for part in (u, s, np.swapaxes(vt, -1, -2)))
+    return jax.tree.map(np.asarray, _canonical(*map(jnp.asarray, parts)))

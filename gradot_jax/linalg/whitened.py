@@ -16,25 +16,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradot_jax.linalg.svd import SVD, svd
+from gradot_jax.linalg.spread import over_devices
+from gradot_jax.linalg.svd import SVD, check_finite, svd
+from gradot_jax.parallel import DeviceMesh
 
 _matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def whitened_svd(
-    kernels: jax.Array,
+    kernels: jax.Array | np.ndarray,
     input_moments: jax.Array,
     output_moments: jax.Array | None = None,
     *,
     damping: float,
+    mesh: DeviceMesh | None = None,
 ) -> SVD:
     """Decomposes kernels in the norm of second moments of their inputs, and of their outputs.
 
     Args:
-        kernels: W, `[N, D_in, D_out]`.
+        kernels: W, `[N, D_in, D_out]`, any float dtype.
         input_moments: A, `[N, D_in, D_in]`.
         output_moments: G, `[N, D_out, D_out]`; None for the identity.
         damping: ridge on each moment, as a multiple of its mean diagonal.
+        mesh: devices to spread N over; with several processes all of them call this.
 
     Returns:
         `W = left diag(values) right^T`, float32, where values fall and are singular values of
@@ -46,41 +50,44 @@ def whitened_svd(
     """
     count, d_in, d_out = kernels.shape
     chex.assert_shape(input_moments, (count, d_in, d_in))
-    kernels = kernels.astype(jnp.float32)
-    rotated = kernels
     if output_moments is not None:
         chex.assert_shape(output_moments, (count, d_out, d_out))
-        rotated = _matmul(kernels, _root(_finite(output_moments), damping))
-    root = _root(_finite(input_moments), damping)
-    return _map_back(kernels, rotated, root, svd(_matmul(jnp.swapaxes(root, 1, 2), rotated)))
+    batch = kernels, input_moments, output_moments
+    root, rotated, finite = over_devices(_whiten, batch, mesh, damping)
+    check_finite(finite, "second moment {} of {} to whiten with")
+    decomposition = svd(_matmul(jnp.swapaxes(root, 1, 2), rotated), mesh=mesh)
+    return over_devices(_map_back, (kernels, rotated, root, decomposition), mesh)
 
 
-@jax.jit
-def _map_back(kernels: jax.Array, rotated: jax.Array, root: jax.Array, decomposition: SVD) -> SVD:
+def _whiten(batch, damping: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P, W Q, and whether the moments are finite."""
+    kernels, inputs, outputs = batch
+    rotated = kernels.astype(jnp.float32)
+    root, finite = _root(inputs, damping)
+    if outputs is not None:
+        right, also = _root(outputs, damping)
+        rotated, finite = _matmul(rotated, right), finite & also
+    return root, rotated, finite
+
+
+def _map_back(batch) -> SVD:
     # P^-T u = W Q v / s and Q^-T v = W^T P u / s need no inverse of an ill-conditioned root.
-    u, s, v = decomposition
+    kernels, rotated, root, (u, s, v) = batch
     noise = s[:, :1] * max(kernels.shape[1:]) * jnp.finfo(s.dtype).eps
     inverse = jnp.where(s > noise, 1 / jnp.where(s > noise, s, 1), 0)[:, None]
     left = _matmul(rotated, v) * inverse
-    right = _matmul(jnp.swapaxes(kernels, 1, 2), _matmul(root, u)) * inverse
-    return SVD(left, s, right)
+    transposed = jnp.swapaxes(kernels.astype(jnp.float32), 1, 2)
+    return SVD(left, s, _matmul(transposed, _matmul(root, u)) * inverse)
 
 
-def _finite(moments: jax.Array) -> jax.Array:
-    # As in `svd`: given NaN, a decomposition may never return.
-    finite = np.asarray(jnp.isfinite(moments).all((-2, -1)))
-    if not finite.all():
-        index = int(np.argmin(finite))
-        raise ValueError(f"second moment {index} of {len(finite)} to whiten with is not finite")
-    return moments
-
-
-@partial(jax.jit, static_argnames=("damping",))
-def _root(moments: jax.Array, damping: float) -> jax.Array:
-    """P with `P P^T = A + ridge I`, `[N, D, D]`."""
+def _root(moments: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+    """P with `P P^T = A + ridge I`, `[N, D, D]`, and whether A is finite, `[N]`."""
     moments = moments.astype(jnp.float32)
+    finite = jnp.isfinite(moments).all((-2, -1))
+    # As in `svd`: given NaN, a decomposition may never return.
+    moments = jnp.where(finite[:, None, None], moments, 0)
     mean = jnp.trace(moments, axis1=1, axis2=2) / moments.shape[1]
     ridge = damping * jnp.where(mean > 0, mean, 1)
     # Not Cholesky: rounding makes eigenvalues below the ridge negative, which here is harmless.
     values, vectors = jnp.linalg.eigh(moments)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0) + ridge[:, None])[:, None]
+    return vectors * jnp.sqrt(jnp.maximum(values, 0) + ridge[:, None])[:, None], finite

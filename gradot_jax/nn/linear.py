@@ -53,10 +53,13 @@ Linear = Dense | LowRank
 
 def linear(weights: Linear, x: jax.Array) -> jax.Array:
     """Applies a linear map to `x` `[..., D_in]`; returns `[..., D_out]`."""
+    # Rows of tokens: the gradient of a kernel is then a product that no backend has to transpose.
+    y = x.reshape(-1, x.shape[-1])
     if isinstance(weights, LowRank):
-        y = jnp.dot(jnp.dot(x, weights.left), weights.right)
+        y = jnp.dot(jnp.dot(y, weights.left), weights.right)
     else:
-        y = jnp.dot(x, weights.kernel)
+        y = jnp.dot(y, weights.kernel)
+    y = y.reshape(*x.shape[:-1], -1)
     return y if weights.bias is None else y + jnp.broadcast_to(weights.bias, y.shape)
 
 

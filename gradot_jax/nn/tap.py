@@ -11,42 +11,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gradot_jax.linalg.gram import Gram, gram, zero_gram
+
 
 class InputMoments(NamedTuple):
     """Moments of a layer's input, summed over tokens, float32.
 
     Attributes:
-        second: `[D, D]`, sum of `x x^T`.
+        second: sum of `x x^T`, `[D, D]`.
         first: `[D]`, sum of `x`.
     """
 
-    second: jax.Array
+    second: Gram
     first: jax.Array
 
 
 def zero_input_tap(width: int) -> InputMoments:
     """A tap for inputs of the given width."""
-    return InputMoments(jnp.zeros((width, width), jnp.float32), jnp.zeros((width,), jnp.float32))
+    return InputMoments(zero_gram(width), jnp.zeros((width,), jnp.float32))
 
 
-def zero_output_tap(width: int) -> jax.Array:
-    """A tap `[D, D]` for outputs of the given width."""
-    return jnp.zeros((width, width), jnp.float32)
+def zero_output_tap(width: int) -> Gram:
+    """A tap for outputs of the given width."""
+    return zero_gram(width)
 
 
-def zero_removal_tap(width: int) -> jax.Array:
-    """A tap `[D, D]` for the removal of inputs of the given width."""
-    return jnp.zeros((width, width), jnp.float32)
-
-
-def _gram(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(
-        left,
-        right,
-        (((0,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+def zero_removal_tap(width: int) -> Gram:
+    """A tap for the removal of inputs of the given width."""
+    return zero_gram(width)
 
 
 @jax.custom_vjp
@@ -70,8 +62,9 @@ def _tap_input_forward(x, tap, mask):
 def _tap_input_backward(residual, cotangent):
     x, mask = residual
     rows = x.reshape(-1, x.shape[-1])
-    counted = rows if mask is None else rows * mask.reshape(-1, 1).astype(rows.dtype)
-    moments = InputMoments(_gram(rows, counted), counted.astype(jnp.float32).sum(0))
+    counted = None if mask is None else mask.reshape(-1)
+    first = rows if counted is None else rows * counted[:, None].astype(rows.dtype)
+    moments = InputMoments(gram(rows, counted), first.astype(jnp.float32).sum(0))
     return cotangent, moments, None
 
 
@@ -79,8 +72,8 @@ tap_input.defvjp(_tap_input_forward, _tap_input_backward)
 
 
 @jax.custom_vjp
-def tap_output(y: jax.Array, tap: jax.Array) -> jax.Array:
-    """Returns `y` `[..., D]`; the cotangent of `tap` `[D, D]` is `g^T g` of y's cotangent rows."""
+def tap_output(y: jax.Array, tap: Gram) -> jax.Array:
+    """Returns `y` `[..., D]`; the cotangent of `tap` is `g^T g` of y's cotangent rows."""
     del tap
     return y
 
@@ -92,14 +85,14 @@ def _tap_output_forward(y, tap):
 
 def _tap_output_backward(_, cotangent):
     rows = cotangent.reshape(-1, cotangent.shape[-1])
-    return cotangent, _gram(rows, rows)
+    return cotangent, gram(rows)
 
 
 tap_output.defvjp(_tap_output_forward, _tap_output_backward)
 
 
 @jax.custom_vjp
-def tap_removal(x: jax.Array, tap: jax.Array, mask: jax.Array | None) -> jax.Array:
+def tap_removal(x: jax.Array, tap: Gram, mask: jax.Array | None) -> jax.Array:
     """Returns `x` `[..., D]`; the cotangent of `tap` is `r^T r` of the rows `r = x * g`.
 
     With g the cotangent of x, `-r_j` is the first-order change of the loss when feature j of a
@@ -124,9 +117,7 @@ def _tap_removal_backward(residual, cotangent):
     # Half precision would round a product of small gradients to zero.
     rows = x.astype(jnp.float32) * cotangent.astype(jnp.float32)
     rows = rows.reshape(-1, x.shape[-1])
-    if mask is not None:
-        rows *= mask.reshape(-1, 1).astype(jnp.float32)
-    return cotangent, _gram(rows, rows), None
+    return cotangent, gram(rows, None if mask is None else mask.reshape(-1)), None
 
 
 tap_removal.defvjp(_tap_removal_forward, _tap_removal_backward)

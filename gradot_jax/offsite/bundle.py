@@ -1,6 +1,7 @@
 """The bundle: the folder with an emulator that goes from the model owner to the data owner."""
 
 import dataclasses
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,9 +136,9 @@ def save_bundle(
     draft = BundleManifest.from_values(draft.to_values(), "the bundle to be written")
     schemas = _schemas(draft)
     with output_folder(path, overwrite=overwrite) as folder:
-        body = dict(shell_to_hf(emulator.shell))
-        body |= middle_to_tensors(emulator.stored_layers, shapes)
-        write_stored(folder / EMULATOR_FILE, body.items(), schemas[EMULATOR_FILE], stored)
+        middle = middle_to_tensors(emulator.iterate_stored(), shapes)
+        body = chain(shell_to_hf(emulator.shell), middle)
+        write_stored(folder / EMULATOR_FILE, body, schemas[EMULATOR_FILE], stored)
         outer = adapter_to_tensors(config, emulator.adapter)
         write_stored(folder / ADAPTER_FILE, outer, schemas[ADAPTER_FILE], stored)
         for file in copied:

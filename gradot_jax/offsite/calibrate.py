@@ -1,72 +1,84 @@
 """Calibration: one forward and one backward pass that yield each middle layer's factors.
 
-The forward pass keeps the residual stream at the boundaries of middle layers only. The backward
-pass starts at the loss, takes no weight gradient in the top adapter, visits the middle from top
-to bottom with one layer's factors alive at a time, and stops at the bottom adapter.
+The forward pass keeps the residual stream at the boundaries of middle and top layers only. The
+backward pass starts at the loss, takes no weight gradient in the top adapter, visits the middle
+from top to bottom with one layer's factors alive at a time, and stops at the bottom adapter. At
+any time the weights of one layer are on the devices, see `offsite.layerwise`.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from gradot_jax.compression.layer import LayerFactors, LayerWeights
 from gradot_jax.compression.options import FisherKind
 from gradot_jax.curvature.factors import KroneckerFactors, normalise
-from gradot_jax.curvature.sweep import ApplyLayer, Cotangents, sweep_layer
+from gradot_jax.curvature.sweep import (
+    Cotangents,
+    LayerSums,
+    forward_layer,
+    input_moments,
+    sweep_layer,
+)
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import (
-    INPUT_OF_SITE,
-    apply_block,
-    embed,
-    head,
-    run_blocks,
-    zero_taps,
-)
+from gradot_jax.models.opt.forward import INPUT_OF_SITE, BlockTaps, zero_taps
 from gradot_jax.models.opt.params import (
     ATTENTION_SITES,
     Block,
     Params,
     Shell,
-    depth,
-    get_block,
+    layers_at,
 )
+from gradot_jax.models.opt.partition import factor_sharding
 from gradot_jax.nn.batch import Batch
-from gradot_jax.nn.loss import token_log_likelihood
-from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
-from gradot_jax.offsite.training import place_batch
-from gradot_jax.parallel import DeviceMesh
+from gradot_jax.nn.dtypes import compute_dtype
+from gradot_jax.offsite.layerwise import (
+    Streams,
+    embed_batches,
+    head_cotangents,
+    layer_function,
+    to_memory,
+)
+from gradot_jax.offsite.split import AdapterSpec
+from gradot_jax.offsite.training import place
+from gradot_jax.parallel import DeviceMesh, put
+from gradot_jax.progress import track
 
 
 class CalibrationPass(NamedTuple):
     """State between the forward pass and the backward sweep.
 
     Attributes:
-        boundaries: inputs of each middle layer, a list over layers of lists over batches.
+        boundaries: inputs of each middle layer, `[S, B, T, D]`; the sweep empties the list.
         masks: `[S, B, T]`.
         cotangents: at the output of the middle.
         loss: mean next-token loss in nats.
         num_tokens: real tokens seen, N.
         num_sequences: sequences seen.
+        mesh: where all of it lies.
     """
 
-    boundaries: list[list[jax.Array]]
+    boundaries: list[jax.Array]
     masks: jax.Array
     cotangents: Cotangents
     loss: float
     num_tokens: int
     num_sequences: int
+    mesh: DeviceMesh | None = None
 
 
 def attention_and_mlp(block: Block) -> LayerWeights:
     """The compressible maps of one dense block, attention sites in `ATTENTION_SITES` order."""
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(block))
+    stack = np.stack if on_host else jnp.stack
     sites = [getattr(block, site) for site in ATTENTION_SITES]
-    return LayerWeights(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *sites), block.fc1, block.fc2
-    )
+    attention = jax.tree.map(lambda *leaves: stack(leaves), *sites)
+    return LayerWeights(attention, block.fc1, block.fc2)
 
 
 def layer_factors(sites: dict[str, KroneckerFactors]) -> LayerFactors:
@@ -86,99 +98,62 @@ def run_forward(
     with_gradient: bool = False,
     seed: int = 0,
     mesh: DeviceMesh | None = None,
+    dtype: DTypeLike | None = None,
+    offload: bool = False,
+    progress: bool = False,
 ) -> CalibrationPass:
-    """The forward half of a calibration.
+    """The forward half of a calibration, and the way back through the head and the top adapter.
 
     Args:
         config: the model's configuration.
-        params: the full original model.
+        params: the full original model, on the host or on devices.
         spec: the split.
         batches: calibration text, equal shapes throughout.
         fisher: targets from the text (`empirical`) or sampled from the model (`mc`).
         with_gradient: whether the sweep will take weight gradients; under `mc` this carries the
             cotangents of the true loss as well.
         seed: of sampled targets.
-        mesh: devices to spread each batch over.
+        mesh: devices to spread the work over.
+        dtype: of the arithmetic, see `nn.dtypes.compute_dtype`.
+        offload: keep the boundaries in host memory.
+        progress: whether to report.
 
     Raises:
         InputError: for a split with inner blocks, without a batch, with batches of unequal
             shapes, or when the loss is not finite.
     """
-    spec.check_sandwich("calibration")
-    adapter, middle = split_blocks(params, spec)
-    true_too = with_gradient and fisher == "mc"
-    boundaries: list[list[jax.Array]] = [[] for _ in range(depth(middle))]
-    masks, fishers, losses, shapes = [], [], [], set()
-    total = counted = tokens = sequences = 0.0
-    for index, batch in enumerate(batches):
-        shapes.add(batch.input_ids.shape)
-        if len(shapes) > 1:
-            raise InputError(f"calibration batches must have one shape, got {sorted(shapes)}")
-        sequences += batch.input_ids.shape[0]
-        batch = place_batch(batch, mesh)
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        inputs, sampled, true, loss, count = _forward_batch(
-            config, params.shell, adapter, middle, batch, key, fisher == "mc", true_too
-        )
-        for layer, hidden in enumerate(inputs):
-            boundaries[layer].append(hidden)
-        fishers.append(sampled)
-        losses.append(true)
-        masks.append(batch.attention_mask)
-        total, counted = total + float(loss), counted + float(count)
-        tokens += float(batch.attention_mask.sum())
-    if not masks or not counted:
-        raise InputError("calibration needs at least one batch with a counted token")
-    if not jnp.isfinite(total / counted):
-        raise InputError("the model's loss on the calibration text is not finite")
-    return CalibrationPass(
-        boundaries=boundaries,
-        masks=jnp.stack(masks),
-        cotangents=Cotangents(jnp.stack(fishers), jnp.stack(losses) if true_too else None),
-        loss=total / counted,
-        num_tokens=int(tokens),
-        num_sequences=int(sequences),
+    shell, streams, sequences = _start(config, params, spec, batches, mesh, dtype)
+    apply = layer_function(config)
+    boundaries: list[jax.Array] = []
+    hidden = streams.hidden
+    layers = range(params.num_layers)
+    for index in track(layers, "calibration forward", enabled=progress):
+        if index >= spec.num_bottom:
+            boundaries.append(to_memory(hidden, "pinned_host") if offload else hidden)
+        hidden = forward_layer(apply, _layer(params, index, mesh), hidden, streams.mask)
+    sampled = fisher == "mc"
+    sums = head_cotangents(
+        shell,
+        streams._replace(hidden=hidden),
+        sample=sampled,
+        true_too=with_gradient and sampled,
+        seed=seed,
     )
-
-
-@partial(jax.jit, static_argnames=("config", "sample", "true_too"))
-def _forward_batch(
-    config: OPTConfig,
-    shell: Shell,
-    adapter: Adapter,
-    middle: Block,
-    batch: Batch,
-    key: jax.Array,
-    sample: bool,
-    true_too: bool,
-):
-    mask = batch.attention_mask
-    hidden = embed(config, shell, batch.input_ids, mask)
-    hidden = run_blocks(config, (adapter.bottom,), hidden, mask)
-
-    def keep_input(carry, block):
-        return apply_block(config, block, carry, mask), carry
-
-    hidden, inputs = jax.lax.scan(keep_input, hidden, middle)
-
-    def top(h):
-        return head(config, shell, run_blocks(config, (adapter.top,), h, mask))
-
-    logits, pull = jax.vjp(top, hidden)
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-
-    def cotangent(targets):
-        slope = probabilities - jax.nn.one_hot(targets, logits.shape[-1])
-        return pull((slope * batch.loss_mask[..., None]).astype(logits.dtype))[0]
-
-    fisher_targets = batch.targets
-    if sample:
-        fisher_targets = jax.random.categorical(key, logits.astype(jnp.float32), axis=-1)
-    true = cotangent(batch.targets) if true_too else None
-    weights = batch.loss_mask.astype(jnp.float32)
-    loss = -(token_log_likelihood(logits, batch.targets) * weights).sum()
-    layers = [inputs[i] for i in range(depth(middle))]
-    return layers, cotangent(fisher_targets), true, loss, weights.sum()
+    del hidden
+    loss = _mean_loss(sums.loss, sums.count)
+    cotangents = sums.cotangents
+    for index in reversed(range(params.num_layers - spec.num_top, params.num_layers)):
+        _, cotangents = sweep_layer(
+            apply,
+            _layer(params, index, mesh),
+            None,
+            to_memory(boundaries.pop(), "device"),
+            streams.mask,
+            cotangents,
+            with_gradient=False,
+        )
+    num_tokens = int(streams.mask.sum())
+    return CalibrationPass(boundaries, streams.mask, cotangents, loss, num_tokens, sequences, mesh)
 
 
 def sweep_middle(
@@ -189,6 +164,7 @@ def sweep_middle(
     *,
     with_gradient: bool = False,
     with_removals: bool = False,
+    finished: Collection[int] = (),
 ) -> Iterator[tuple[int, dict[str, KroneckerFactors]]]:
     """The backward half: factors per site for each middle layer, from the top one down.
 
@@ -201,26 +177,61 @@ def sweep_middle(
         forward_pass: of the same model and split.
         with_gradient: whether to take the gradients of the weights.
         with_removals: whether to take the removal Fisher of fc2, `[F, F]`.
+        finished: layers, by their index in the middle, whose factors are not wanted.
 
     Yields:
         (index in the middle, factors by site); factors of one layer at a time.
     """
-    _, middle = split_blocks(params, spec)
-    cotangents = forward_pass.cotangents
-    for layer in reversed(range(depth(middle))):
-        block = get_block(middle, layer)
-        hidden = jnp.stack(forward_pass.boundaries[layer])
-        forward_pass.boundaries[layer].clear()
+    cotangents, mesh = forward_pass.cotangents, forward_pass.mesh
+    wanted = [i for i in range(len(forward_pass.boundaries)) if i not in finished]
+    for layer in reversed(range(min(wanted, default=0), len(forward_pass.boundaries))):
+        block = _layer(params, spec.num_bottom + layer, mesh)
+        taps = None
+        if layer in wanted:
+            taps = _place_taps(zero_taps(block, with_removals=with_removals), mesh)
         sums, cotangents = sweep_layer(
-            _block_function(config),
+            layer_function(config),
             block,
-            zero_taps(block, with_removals=with_removals),
-            hidden,
+            taps,
+            to_memory(forward_pass.boundaries.pop(), "device"),
             forward_pass.masks,
             cotangents,
-            with_gradient=with_gradient,
+            with_gradient=with_gradient and layer in wanted,
         )
-        yield layer, _site_factors(sums, forward_pass.num_tokens)
+        del block, taps
+        if layer in wanted:
+            yield layer, _site_factors(sums, forward_pass.num_tokens)
+
+
+def sweep_inputs(
+    config: OPTConfig,
+    params: Params,
+    spec: AdapterSpec,
+    batches: Iterable[Batch],
+    *,
+    mesh: DeviceMesh | None = None,
+    dtype: DTypeLike | None = None,
+    finished: Collection[int] = (),
+) -> Iterator[tuple[int, dict[str, KroneckerFactors]]]:
+    """Moments of the inputs alone, by a forward pass that ends with the middle.
+
+    Arguments and errors as in `run_forward` and `sweep_middle`.
+
+    Yields:
+        (index in the middle, factors by site, of inputs only), from the bottom layer up.
+    """
+    _, streams, _ = _start(config, params, spec, batches, mesh, dtype)
+    apply = layer_function(config)
+    hidden, num_tokens = streams.hidden, int(streams.mask.sum())
+    for index in range(params.num_layers - spec.num_top):
+        block = _layer(params, index, mesh)
+        layer = index - spec.num_bottom
+        if layer < 0 or layer in finished:
+            hidden = forward_layer(apply, block, hidden, streams.mask)
+            continue
+        taps = _place_taps(zero_taps(block, with_outputs=False), mesh)
+        moments, hidden = input_moments(apply, block, taps, hidden, streams.mask)
+        yield layer, _site_factors(LayerSums(moments, None), num_tokens)
 
 
 def kronecker_factors(
@@ -233,6 +244,7 @@ def kronecker_factors(
     with_gradient: bool = True,
     seed: int = 0,
     mesh: DeviceMesh | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Iterator[tuple[int, dict[str, KroneckerFactors]]]:
     """Kronecker factors and mean gradients of every middle layer, from the top one down.
 
@@ -250,22 +262,52 @@ def kronecker_factors(
         with_gradient=with_gradient,
         seed=seed,
         mesh=mesh,
+        dtype=dtype,
     )
     yield from sweep_middle(config, params, spec, forward_pass, with_gradient=with_gradient)
 
 
-@cache
-def _block_function(config: OPTConfig) -> ApplyLayer:
-    """One function object per configuration, so that the sweep compiles once."""
-    return lambda block, hidden, mask, taps: apply_block(config, block, hidden, mask, taps)
+def _start(config, params, spec, batches, mesh, dtype) -> tuple[Shell, Streams, int]:
+    """The shell on its devices, the streams before the first layer, the number of sequences."""
+    spec.check_sandwich("calibration")
+    spec.check(params.num_layers)
+    batches = list(batches)
+    if not any(batch.loss_mask.any() for batch in batches):
+        raise InputError("calibration needs at least one batch with a counted token")
+    shell = place(params.shell, mesh)
+    dtype = compute_dtype(shell.embed_tokens.dtype, dtype)
+    sequences = sum(batch.input_ids.shape[0] for batch in batches)
+    return shell, embed_batches(config, shell, batches, dtype, mesh), sequences
 
 
-def _site_factors(sums, num_tokens: int) -> dict[str, KroneckerFactors]:
+def _layer(params: Params, index: int, mesh: DeviceMesh | None) -> Block:
+    return place(layers_at(params, [index])[0], mesh)
+
+
+def _place_taps(taps: BlockTaps, mesh: DeviceMesh | None) -> BlockTaps:
+    if mesh is None:
+        return taps
+
+    def sharding(leaf):
+        return factor_sharding(leaf.shape, mesh) if leaf.ndim == 2 else mesh.replicated
+
+    return put(taps, jax.tree.map(sharding, taps))
+
+
+def _mean_loss(total: float, count: float) -> float:
+    loss = total / count
+    if not jnp.isfinite(loss):
+        raise InputError("the model's loss on the calibration text is not finite")
+    return loss
+
+
+def _site_factors(sums: LayerSums, num_tokens: int) -> dict[str, KroneckerFactors]:
     inputs, outputs, removals = sums.taps
 
     def factors(site: str, name: str) -> KroneckerFactors:
         gradient = None if sums.gradient is None else getattr(sums.gradient, site)
+        output = None if outputs is None else outputs[site]
         removed = removals if site == "fc2" else None
-        return normalise(inputs[name], outputs[site], gradient, num_tokens, removed)
+        return normalise(inputs[name], output, gradient, num_tokens, removed)
 
     return {site: factors(site, name) for site, name in INPUT_OF_SITE.items()}

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.errors import InputError
+from gradot_jax.parallel import agree, is_writer, one_writer, to_host
 
 MANIFEST = "gradot_manifest.json"
+
+_NO_STEP = -1
 
 
 class Checkpoint(NamedTuple):
@@ -96,8 +99,9 @@ class CheckpointStore:
         try:
             with _quiet():
                 self._orbax.save(step, arrays, force=True, overwrite=True)
-            if jax.process_index() == 0:
-                self._write_manifest(step, arrays, dict(notes or {}))
+            with one_writer(self.folder / str(step)) as writes:
+                if writes:
+                    self._write_manifest(step, arrays, dict(notes or {}))
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise OSError(f"{self.folder}: step {step} could not be saved: {reason}") from error
@@ -114,19 +118,27 @@ class CheckpointStore:
         Raises:
             InputError: when every step is damaged, or the checkpoint belongs to another run.
         """
-        damaged: dict[int, str] = {}
+        steps, damaged = self.steps, {}
+        step = agree(self._newest_intact(damaged) if is_writer() else _NO_STEP)
+        if step == _NO_STEP:
+            if steps:
+                raise InputError(f"{self.folder}: no checkpoint is intact: {_listed(damaged)}")
+            return None
+        manifest = _read_manifest(self.folder / str(step))
+        self._check_same_run(step, manifest, like)
+        self._discard([bad for bad in steps if bad > step], damaged, step)
+        return Checkpoint(step, self._load(step, like), manifest["notes"])
+
+    def _newest_intact(self, damaged: dict[int, str]) -> int:
+        """Found by one process for all, because it reads every file; notes what is damaged."""
         for step in reversed(self.steps):
             try:
-                manifest = _verified_manifest(self.folder / str(step))
+                _verify(self.folder / str(step))
             except _DamagedError as damage:
                 damaged[step] = str(damage)
-                continue
-            self._check_same_run(step, manifest, like)
-            self._discard(damaged, step)
-            return Checkpoint(step, self._load(step, like), manifest["notes"])
-        if damaged:
-            raise InputError(f"{self.folder}: no checkpoint is intact: {_listed(damaged)}")
-        return None
+            else:
+                return step
+        return _NO_STEP
 
     def _load(self, step: int, like):
         expected = {
@@ -143,17 +155,16 @@ class CheckpointStore:
 
         return jax.tree_util.tree_map_with_path(pick, like)
 
-    def _discard(self, damaged: Mapping[int, str], step: int) -> None:
-        if not damaged:
-            return
-        warnings.warn(
-            f"{self.folder}: going back to step {step}, newer checkpoints are damaged: "
-            f"{_listed(damaged)}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    def _discard(self, steps: Sequence[int], damaged: Mapping[int, str], step: int) -> None:
+        if damaged:
+            warnings.warn(
+                f"{self.folder}: going back to step {step}, newer checkpoints are damaged: "
+                f"{_listed(damaged)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         with _quiet():
-            for bad in damaged:
+            for bad in steps:
                 self._orbax.delete(bad)
 
     def _check_same_run(self, step: int, manifest: Mapping[str, Any], like) -> None:
@@ -189,7 +200,7 @@ def tree_digest(tree) -> str:
     """SHA-256 over the names, shapes, types and contents of a tree of arrays."""
     digest = hashlib.sha256()
     for name, leaf in _named_arrays(tree).items():
-        array = np.ascontiguousarray(np.asarray(leaf))
+        array = np.ascontiguousarray(to_host(leaf))
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
@@ -199,7 +210,7 @@ class _DamagedError(Exception):
     """A step's folder is not what was written."""
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         body = manifest["body"]
@@ -210,13 +221,16 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise _DamagedError("its manifest is damaged")
-    for name, expected in body["files"].items():
+    return body
+
+
+def _verify(folder: Path) -> None:
+    for name, expected in _read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
             raise _DamagedError(f"{name} is missing")
         if _file_digest(path) != expected:
             raise _DamagedError(f"{name} is not what was written")
-    return body
 
 
 def _file_digest(path: Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.compression.plan import Plan
@@ -15,7 +16,7 @@ from gradot_jax.models.opt.params import Params
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.emulator import Emulator, build_emulator
 from gradot_jax.offsite.method import Problem
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
+from gradot_jax.offsite.split import AdapterSpec, adapter_of
 from gradot_jax.parallel import DeviceMesh
 
 
@@ -76,11 +77,28 @@ def run_compression(
     mesh: DeviceMesh | None = None,
     checkpoints: Path | None = None,
     progress: bool = False,
+    dtype: DTypeLike | None = None,
+    offload: bool = False,
 ) -> Compression:
     """`compress`, returning scores and the calibration record as well.
 
-    With `options.adapter = "own"` the emulator's split is the method's; it has as many blocks as
-    `split`.
+    Weights may be numpy arrays, of a mapped file for one: methods that score layer by layer have
+    those of a single layer on the devices. With `options.adapter = "own"` the emulator's split is
+    the method's; it has as many blocks as `split`.
+
+    Args:
+        config: as in `compress`, like `params`, `split` and `calibration_batches`.
+        params: the full original model.
+        split: which blocks are the adapter.
+        calibration_batches: text of the owner's.
+        options: how to compress.
+        mesh: devices to spread the work over.
+        checkpoints: folder from which an interrupted compression goes on.
+        progress: whether to report.
+        dtype: of the arithmetic, see `nn.dtypes.compute_dtype`; methods that train have that of
+            the weights.
+        offload: keep the residual streams at the boundaries of layers, most of what a calibration
+            takes, in host memory.
     """
     if options.compensate_attention == "bias" and not config.enable_bias:
         raise InputError("compensate_attention = 'bias' needs a model with biases")
@@ -88,11 +106,20 @@ def run_compression(
     method = import_module(f"gradot_jax.offsite.methods.{options.method.replace('-', '_')}")
     outcome = method.compress(
         Problem(
-            config, params, split, list(calibration_batches), options, mesh, checkpoints, progress
+            config,
+            params,
+            split,
+            list(calibration_batches),
+            options,
+            mesh,
+            checkpoints,
+            progress,
+            dtype,
+            offload,
         )
     )
     split = outcome.split or split
-    adapter, _ = split_blocks(params, split)
+    adapter = adapter_of(params, split)
     emulator = build_emulator(params.shell, adapter, outcome.blocks, outcome.layer_map)
     attention_budget, mlp_budget = options.budgets
     plan = Plan(

@@ -9,7 +9,7 @@ from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.names import shell_to_hf
 from gradot_jax.models.opt.params import Params, Shell
 from gradot_jax.offsite.names import adapter_to_tensors
-from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
+from gradot_jax.offsite.split import Adapter, AdapterSpec, adapter_of
 
 
 def base_digest(config: OPTConfig, params: Params, spec: AdapterSpec) -> str:
@@ -25,8 +25,7 @@ def base_digest(config: OPTConfig, params: Params, spec: AdapterSpec) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    adapter, _ = split_blocks(params, spec)
-    return shipped_digest(config, params.shell, adapter)
+    return shipped_digest(config, params.shell, adapter_of(params, spec))
 
 
 def shipped_digest(config: OPTConfig, shell: Shell, adapter: Adapter) -> str:

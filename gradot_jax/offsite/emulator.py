@@ -1,10 +1,11 @@
 """The emulator: what the model owner ships."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 
 import flax.struct
 import jax
+import numpy as np
 
 from gradot_jax.models.opt.params import (
     Layer,
@@ -17,9 +18,10 @@ from gradot_jax.models.opt.params import (
     num_stored,
     segment_blocks,
     slice_blocks,
+    slice_segments,
     stack_blocks,
 )
-from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
+from gradot_jax.offsite.split import Adapter, AdapterSpec, adapter_of
 
 LayerMap = tuple[int | None, ...]
 """What runs between bottom and top adapter, place by place: the index of a stored layer of the
@@ -71,11 +73,13 @@ class SplitModel:
     @property
     def stored_layers(self) -> list[Layer]:
         """The layers of the middle as `layer_map` numbers them."""
-        return [
-            get_block(segment, index)
-            for segment in self.middle
-            for index in range(num_stored(segment))
-        ]
+        return list(self.iterate_stored())
+
+    def iterate_stored(self) -> Iterator[Layer]:
+        """The same one at a time: a layer of a stack on a device is a copy."""
+        for segment in self.middle:
+            for index in range(num_stored(segment)):
+                yield get_block(segment, index)
 
 
 @flax.struct.dataclass
@@ -91,6 +95,10 @@ def build_emulator(
     shell: Shell, adapter: Adapter, layers: Sequence[Layer], layer_map: LayerMap | None = None
 ) -> Emulator:
     """An emulator from single layers.
+
+    Its arrays are where the shell's are. Of a shell in host memory, as of a memory-mapped
+    checkpoint, every layer is a segment of its own and none is copied; on devices those of equal
+    shape are stacked.
 
     Args:
         shell: of the original.
@@ -112,17 +120,19 @@ def build_emulator(
             f"the layer map has {len(gaps) - 1} places for the {len(adapter.inner_layers)} inner "
             "blocks of the adapter"
         )
+    on_host = isinstance(shell.embed_tokens, np.ndarray)
     middle: list[Segment] = []
     ends = []
     for gap in gaps:
-        middle += _segments(layers, gap)
+        middle += _segments(layers, gap, on_host=on_host)
         ends.append(len(middle))
     return Emulator(shell, adapter, tuple(middle), tuple(ends[:-1]))
 
 
-def _segments(layers: Sequence[Layer], places: list[int]) -> tuple[Segment, ...]:
+def _segments(layers: Sequence[Layer], places: list[int], *, on_host: bool) -> tuple[Segment, ...]:
     if len(set(places)) == len(places):
-        return segment_blocks([layers[place] for place in places])
+        blocks = [layers[place] for place in places]
+        return tuple(map(_host_stack, blocks)) if on_host else segment_blocks(blocks)
     shared = []
     for _, run in groupby(places, lambda place: str(jax.tree.map(jax.typeof, layers[place]))):
         order = list(run)
@@ -132,21 +142,23 @@ def _segments(layers: Sequence[Layer], places: list[int]) -> tuple[Segment, ...]
     return tuple(shared)
 
 
+def _host_stack(layer: Layer) -> Layer:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[None], layer)
+
+
 def split_model(params: Params, spec: AdapterSpec) -> SplitModel:
     """The full model in the form in which its adapter can be trained: the upper bound.
+
+    Segments of the model that lie within the middle are taken as they are.
 
     Raises:
         InputError: when the split leaves no middle or nothing to train.
     """
-    adapter, middle = split_blocks(params, spec)
-    if not spec.inner:
-        return SplitModel(params.shell, adapter, (middle,))
-    # Middle layers before the n-th inner block: all layers before it but adapter blocks.
-    ends = [layer - spec.num_bottom - n for n, layer in enumerate(spec.inner)]
-    bounds = [0, *ends, depth(middle)]
+    adapter = adapter_of(params, spec)
+    bounds = (spec.num_bottom - 1, *spec.inner, params.num_layers - spec.num_top)
     pieces: list[Segment] = []
     inner_after = []
-    for start, stop in pairwise(bounds):
-        pieces += [slice_blocks(middle, start, stop)] if stop > start else []
+    for before, after in pairwise(bounds):
+        pieces += slice_segments(params.segments, before + 1, after)
         inner_after.append(len(pieces))
     return SplitModel(params.shell, adapter, tuple(pieces), tuple(inner_after[:-1]))

@@ -1,23 +1,33 @@
 """Gradient fidelity: what the method promises, measured without any fine-tuning.
 
 On held-out batches, the adapter's gradient through the emulator against its gradient through the
-full model.
+full model. Both models go back together, layer by layer, so that of either the weights and the
+gradient of one layer are in memory.
 """
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
+from gradot_jax.curvature.sweep import forward_layer, sweep_layer
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import summed_loss
-from gradot_jax.models.opt.params import Block, Params
+from gradot_jax.models.opt.params import Block, Params, layers_at
 from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.dtypes import compute_dtype
 from gradot_jax.offsite.emulator import SplitModel, split_model
-from gradot_jax.offsite.split import Adapter
+from gradot_jax.offsite.layerwise import (
+    HeadSums,
+    Streams,
+    embed_batches,
+    head_cotangents,
+    layer_function,
+)
+from gradot_jax.offsite.training import place
+from gradot_jax.parallel import DeviceMesh, to_host
 
 
 class Agreement(NamedTuple):
@@ -65,67 +75,125 @@ class GradientFidelity(NamedTuple):
         return {**values, **losses, "loss_gap": self.loss_gap}
 
 
+class _ForwardPass(NamedTuple):
+    """A model's way forward: inputs of each layer, and the head's loss and cotangents."""
+
+    model: Params
+    is_adapter: list[bool]
+    boundaries: list[jax.Array]
+    streams: Streams
+    head: HeadSums
+
+
 def gradient_fidelity(
-    config: OPTConfig, params: Params, emulator: SplitModel, batches: Iterable[Batch]
+    config: OPTConfig,
+    params: Params,
+    emulator: SplitModel,
+    batches: Iterable[Batch],
+    *,
+    mesh: DeviceMesh | None = None,
+    dtype: DTypeLike | None = None,
 ) -> GradientFidelity:
     """Compares the adapter's gradients through an emulator and through the full model.
 
     Args:
         config: the model's configuration.
-        params: the full original model.
+        params: the full original model, on the host or on devices.
         emulator: a compression of it.
-        batches: held-out text; gradients are of the mean loss over all of it.
+        batches: held-out text of one shape; gradients are of the mean loss over all of it.
+        mesh: devices to spread the work over.
+        dtype: of the arithmetic, see `nn.dtypes.compute_dtype`.
 
     Raises:
         InputError: without a batch that counts a token, or when a loss is not finite.
     """
     batches = list(batches)
-    original = split_model(params, emulator.adapter.spec)
-    loss, gradient = _mean_gradient(config, original, batches)
-    loss_emulator, gradient_emulator = _mean_gradient(config, emulator, batches)
-    bottom, top = (
-        (_flat(getattr(gradient, end)), _flat(getattr(gradient_emulator, end)))
-        for end in ("bottom", "top")
-    )
-    return GradientFidelity(
-        adapter=_agreement(_flat(gradient), _flat(gradient_emulator)),
-        bottom=_agreement(*bottom) if bottom[0].size else None,
-        top=_agreement(*top) if top[0].size else None,
-        loss_full=loss,
-        loss_emulator=loss_emulator,
-    )
-
-
-def _mean_gradient(config, emulator, batches) -> tuple[float, Adapter]:
-    total, count = 0.0, 0.0
-    gradient = jax.tree.map(lambda a: np.zeros(a.shape, np.float64), emulator.adapter)
-    for batch in batches:
-        (loss, number), part = _summed_gradient(config, emulator, batch)
-        gradient = jax.tree.map(lambda s, p: s + np.asarray(p, np.float64), gradient, part)
-        total, count = total + float(loss), count + float(number)
-    if not count:
+    if not any(batch.loss_mask.any() for batch in batches):
         raise InputError("gradient fidelity needs at least one batch with a counted token")
-    if not np.isfinite(total):
+    dtype = compute_dtype(params.shell.embed_tokens.dtype, dtype)
+    original = split_model(params, emulator.adapter.spec)
+    full, compressed = (
+        _forward(config, model, batches, dtype, mesh) for model in (original, emulator)
+    )
+    losses = [
+        forward_pass.head.loss / forward_pass.head.count for forward_pass in (full, compressed)
+    ]
+    if not np.isfinite(losses).all():
         raise InputError("the loss on the held-out text is not finite")
-    return total / count, jax.tree.map(lambda s: s / count, gradient)
+    pairs = zip(
+        _adapter_gradients(config, full, mesh),
+        _adapter_gradients(config, compressed, mesh),
+        strict=True,
+    )
+    # From the top layer down.
+    products = [_products(*pair) for pair in pairs]
+    spec = emulator.adapter.spec
+    return GradientFidelity(
+        adapter=_agreement(products),
+        bottom=_agreement(products[len(products) - spec.num_bottom :]),
+        top=_agreement(products[: spec.num_top]),
+        loss_full=losses[0],
+        loss_emulator=losses[1],
+    )
 
 
-@partial(jax.jit, static_argnames="config")
-def _summed_gradient(config: OPTConfig, emulator: SplitModel, batch: Batch):
-    def loss(adapter):
-        return summed_loss(config, emulator.assemble(adapter), batch)
+def _forward(
+    config: OPTConfig,
+    model: SplitModel,
+    batches: list[Batch],
+    dtype: DTypeLike,
+    mesh: DeviceMesh | None,
+) -> _ForwardPass:
+    spec, params = model.adapter.spec, model.assemble()
+    inner = [place is None for place in model.layer_map]
+    is_adapter = [True] * spec.num_bottom + inner + [True] * spec.num_top
+    shell = place(params.shell, mesh)
+    streams = embed_batches(config, shell, batches, dtype, mesh)
+    hidden, boundaries = streams.hidden, []
+    for index in range(params.num_layers):
+        boundaries.append(hidden)
+        layer = place(layers_at(params, [index])[0], mesh)
+        hidden = forward_layer(layer_function(config), layer, hidden, streams.mask)
+    head = head_cotangents(shell, streams._replace(hidden=hidden))
+    return _ForwardPass(params, is_adapter, boundaries, streams, head)
 
-    return jax.value_and_grad(loss, has_aux=True)(emulator.adapter)
+
+def _adapter_gradients(
+    config: OPTConfig, forward_pass: _ForwardPass, mesh: DeviceMesh | None
+) -> Iterator[Block]:
+    """Gradients of the summed loss over the counted targets, from the adapter's top layer down."""
+    params, is_adapter, boundaries, streams, head = forward_pass
+    cotangents = head.cotangents
+    for index in reversed(range(is_adapter.index(True), params.num_layers)):
+        sums, cotangents = sweep_layer(
+            layer_function(config),
+            place(layers_at(params, [index])[0], mesh),
+            None,
+            boundaries.pop(),
+            streams.mask,
+            cotangents,
+            with_gradient=is_adapter[index],
+        )
+        if is_adapter[index]:
+            yield to_host(jax.tree.map(lambda g: g / head.count, sums.gradient))
 
 
-def _flat(tree: Block | Adapter) -> np.ndarray:
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+def _products(full: Block, emulated: Block) -> np.ndarray:
+    """`<g, g>`, `<g*, g*>`, `<g, g*>` and `|g* - g|^2` of a layer's gradients, float64."""
+    total = np.zeros(4)
+    for g, other in zip(jax.tree.leaves(full), jax.tree.leaves(emulated), strict=True):
+        g, other = np.asarray(g, np.float64).ravel(), np.asarray(other, np.float64).ravel()
+        difference = other - g
+        total += [g @ g, other @ other, g @ other, difference @ difference]
+    return total
 
 
-def _agreement(full: np.ndarray, emulated: np.ndarray) -> Agreement:
-    norm, other = np.linalg.norm(full), np.linalg.norm(emulated)
+def _agreement(products: list[np.ndarray]) -> Agreement | None:
+    if not products:
+        return None
+    full, emulated, across, difference = np.sum(products, axis=0)
     return Agreement(
-        cosine=float(full @ emulated / (norm * other)),
-        relative_error=float(np.linalg.norm(emulated - full) / norm),
-        norm_ratio=float(other / norm),
+        cosine=float(across / np.sqrt(full * emulated)),
+        relative_error=float(np.sqrt(difference / full)),
+        norm_ratio=float(np.sqrt(emulated / full)),
     )

@@ -34,7 +34,7 @@ from gradot_jax.offsite.method import Problem
 from gradot_jax.offsite.optimizer import current_learning_rate, make_optimizer
 from gradot_jax.offsite.public_text import shuffled_epochs
 from gradot_jax.offsite.training import descend, place, place_batch
-from gradot_jax.parallel import DeviceMesh
+from gradot_jax.parallel import DeviceMesh, to_host
 
 INIT_STD = 0.02
 """Standard deviation of a fresh down projection."""
@@ -203,7 +203,7 @@ def train_harmonizers(
         progress=problem.progress,
         description="harmonizers",
     )
-    harmonizers, importance = jax.device_get(trained.kept)
+    harmonizers, importance = to_host(trained.kept)
     if not np.isfinite(importance).all():
         raise DivergenceError("a sampled network has a loss on held-out text that is not finite")
     return harmonizers, importance

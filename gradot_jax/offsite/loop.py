@@ -157,7 +157,7 @@ def run_training(
             batch = _next(remaining, number, num_steps)
             state, metrics = step(state, batch)
             watch.follow(number, metrics, num_tokens=int(np.sum(batch.attention_mask)))
-            signum = flag.signum
+            signum = None if store is None else flag.agreed()
             boundary = number % evaluate_every == 0 or number == num_steps
             if not boundary and signum is None:
                 continue

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
@@ -27,8 +28,11 @@ class Problem(NamedTuple):
         batches: the owner's public text, of one shape.
         options: how to compress.
         mesh: devices to spread the work over.
-        checkpoints: folder from which a method that trains resumes; None keeps none.
+        checkpoints: folder from which an interrupted compression goes on; None keeps none.
         progress: whether to report.
+        dtype: of the arithmetic, see `nn.dtypes.compute_dtype`; methods that train have that of
+            the weights.
+        offload: whether a calibration keeps the boundaries of layers in host memory.
     """
 
     config: OPTConfig
@@ -39,6 +43,8 @@ class Problem(NamedTuple):
     mesh: DeviceMesh | None = None
     checkpoints: Path | None = None
     progress: bool = False
+    dtype: DTypeLike | None = None
+    offload: bool = False
 
 
 class Outcome(NamedTuple):

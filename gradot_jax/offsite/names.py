@@ -8,7 +8,8 @@ factors as `left` `[D_in, R]` and `right` `[R, D_out]`. A harmonizer has two den
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -94,12 +95,12 @@ def _layer_schema(config: OPTConfig, shape: LayerShape | HarmonizerShape) -> Sch
 
 
 def middle_to_tensors(
-    layers: Sequence[Layer], shapes: Sequence[LayerShape | HarmonizerShape]
+    layers: Iterable[Layer], shapes: Sequence[LayerShape | HarmonizerShape]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The compressed layers' tensors at their true sizes, by name.
 
     Args:
-        layers: single, see `Emulator.stored_layers`; ranks and channels may be padded with zeros
+        layers: single, see `SplitModel.iterate_stored`; ranks and channels may be padded with zeros
             at their end.
         shapes: true sizes, one per layer.
 
@@ -107,9 +108,10 @@ def middle_to_tensors(
         InputError: when the number or kind of layers differs, or what lies beyond a true size is
             not zero.
     """
-    if len(layers) != len(shapes):
-        raise InputError(f"the emulator has {len(layers)} compressed layers, not {len(shapes)}")
-    for index, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
+    for index, (layer, shape) in enumerate(zip_longest(layers, shapes)):
+        if layer is None or shape is None:
+            many = "fewer" if layer is None else "more"
+            raise InputError(f"the emulator has {many} compressed layers than {len(shapes)}")
         where = f"middle layer {index}"
         if isinstance(layer, Harmonizer) != isinstance(shape, HarmonizerShape):
             raise InputError(f"{where}: planned {shape}, got a {type(layer).__name__}")

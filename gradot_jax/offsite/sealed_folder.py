@@ -16,7 +16,13 @@ import numpy as np
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import regular_file
 from gradot_jax.files.strict_json import parse_json, write_json
-from gradot_jax.files.tensors import copy_finite, float_dtype, read_tensors, write_tensors
+from gradot_jax.files.tensors import (
+    TensorSpec,
+    copy_finite,
+    float_dtype,
+    read_tensors,
+    stream_tensors,
+)
 from gradot_jax.offsite.manifest import FileRecord
 from gradot_jax.offsite.names import Schema
 
@@ -124,18 +130,30 @@ def tensor_file_limit(schema: Schema, itemsize: int) -> int:
 def write_stored(
     path: Path, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: str
 ) -> None:
-    """Writes tensors that fit a schema, cast to the stored dtype.
+    """Writes tensors that fit a schema, cast to the stored dtype, one at a time.
 
     Raises:
         InputError: for a name or shape that differs from the schema, or a number that is not
             finite in the stored dtype.
     """
-    stored = {name: _cast(path.name, name, array, dtype) for name, array in tensors}
-    shapes = {name: array.shape for name, array in stored.items()}
-    if shapes != schema:
-        differing = sorted(dict(shapes.items() ^ schema.items()))
-        raise InputError(f"{path.name}: tensors do not fit the configuration: {differing[:8]}")
-    write_tensors(path, stored)
+    specs = {name: TensorSpec(shape, float_dtype(dtype).name) for name, shape in schema.items()}
+    stream_tensors(path, specs, _stored(path.name, tensors, schema, dtype))
+
+
+def _stored(
+    where: str, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    left = dict(schema)
+    for name, array in tensors:
+        shape = left.pop(name, None)
+        if shape != array.shape:
+            raise InputError(
+                f"{where}: tensors do not fit the configuration: {name} has shape {array.shape}, "
+                f"expected {shape}"
+            )
+        yield name, _cast(where, name, array, dtype)
+    if left:
+        raise InputError(f"{where}: tensors do not fit the configuration: no {sorted(left)[:8]}")
 
 
 def read_stored(

@@ -11,7 +11,9 @@ from gradot_jax.models.opt.params import (
     Params,
     concatenate_blocks,
     depth,
+    layers_at,
     slice_blocks,
+    slice_segments,
     take_blocks,
 )
 
@@ -120,6 +122,41 @@ class Adapter:
             inner=slice_blocks(blocks, spec.num_bottom, top) if spec.inner else None,
             inner_layers=spec.inner,
         )
+
+
+def adapter_of(params: Params, spec: AdapterSpec) -> Adapter:
+    """The adapter of an original model; no other layer is copied.
+
+    Of numpy segments its arrays are numpy, and views where a stack is a single layer.
+
+    Raises:
+        InputError: when the split leaves no middle or nothing to train.
+    """
+    count = params.num_layers
+    spec.check(count)
+
+    def stack(*bounds: tuple[int, int]) -> Block:
+        parts = [part for pair in bounds for part in slice_segments(params.segments, *pair)]
+        return concatenate_blocks(parts or [slice_blocks(params.segments[0], 0, 0)])
+
+    return Adapter(
+        bottom=stack((0, spec.num_bottom)),
+        top=stack((count - spec.num_top, count)),
+        inner=stack(*((layer, layer + 1) for layer in spec.inner)) if spec.inner else None,
+        inner_layers=spec.inner,
+    )
+
+
+def middle_blocks(params: Params, spec: AdapterSpec) -> list[Block]:
+    """The middle of an original model as single blocks, in depth order.
+
+    Of numpy segments, such as those of a memory-mapped checkpoint, they are views.
+
+    Raises:
+        InputError: when the split leaves no middle or nothing to train.
+    """
+    spec.check(params.num_layers)
+    return layers_at(params, spec.middle_layers(params.num_layers))
 
 
 def split_blocks(params: Params, spec: AdapterSpec) -> tuple[Adapter, Block]:

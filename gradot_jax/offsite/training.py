@@ -22,7 +22,8 @@ from gradot_jax.offsite.emulator import SplitModel
 from gradot_jax.offsite.loop import StepMetrics
 from gradot_jax.offsite.optimizer import current_learning_rate
 from gradot_jax.offsite.split import Adapter
-from gradot_jax.parallel import DeviceMesh
+from gradot_jax.offsite.stacking import few_stacks
+from gradot_jax.parallel import DeviceMesh, put
 
 
 @flax.struct.dataclass
@@ -54,14 +55,17 @@ def init_training(
     compute_dtype: DTypeLike = jnp.float32,
     mesh: DeviceMesh | None = None,
 ) -> tuple[Frozen, TrainState]:
-    """Frozen weights cast once, and the state before the first step.
+    """Frozen weights stacked and cast once, and the state before the first step.
 
     The state shares no memory with the emulator, so that it may be donated.
     """
-    frozen = _cast(Frozen(emulator.shell, emulator.middle, emulator.inner_after), compute_dtype)
+    stacked = few_stacks(emulator)
+    frozen = _cast(Frozen(stacked.shell, stacked.middle, stacked.inner_after), compute_dtype)
     adapter = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), emulator.adapter)
-    state = TrainState(adapter, optimizer.init(adapter))
-    return place((frozen, state), mesh)
+    # Moments are made where the masters lie, so that no device has them all.
+    adapter = place(adapter, mesh)
+    state = TrainState(adapter, place(optimizer.init(adapter), mesh))
+    return place(frozen, mesh), state
 
 
 def place(tree, mesh: DeviceMesh | None):
@@ -143,7 +147,7 @@ def place_batch(batch: Batch, mesh: DeviceMesh | None) -> Batch:
         return Batch(*map(jnp.asarray, batch))
     missing = -len(batch.input_ids) % mesh.mesh.shape["data"]
     rows = (np.pad(np.asarray(leaf), ((0, missing), (0, 0))) for leaf in batch)
-    return jax.device_put(Batch(*rows), mesh.batched)
+    return put(Batch(*rows), mesh.batched)
 
 
 def _adapter_loss(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 from gradot_jax.cli.inspect import Inspect
 from gradot_jax.cli.main import main
 from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.hf import load_opt
+from gradot_jax.models.opt.hf import load_opt, save_opt
 from gradot_jax.models.opt.params import init_params
+from gradot_jax.offsite import available
 from gradot_jax.offsite.adapter_file import load_adapter_for
 from gradot_jax.offsite.bundle import load_bundle
 from gradot_jax.offsite.interrupt import Interrupted
@@ -132,6 +134,59 @@ def test_resumed_run_ends_where_an_unbroken_one_does(checkpoint, text, tmp_path)
         for name in ("whole", "parts")
     )
     assert whole == parts
+
+
+@pytest.mark.parametrize("method", ["gradot", "layer-drop", "empty", "crash"])
+def test_a_dry_run_says_what_would_be_stored_and_does_nothing(
+    checkpoint, text, tmp_path, capsys, method
+):
+    run = tmp_path / "run"
+    assert compress(checkpoint, text, run, "--method", method, "--dry-run") == DONE
+    assert not run.exists()
+    printed = capsys.readouterr().out
+    for part in ("emulator", "parameters kept", "bundle", "host: checkpoint", "at the peak"):
+        assert part in printed
+    if method == "gradot":
+        assert "1 x layer of rank 2, 6 channels" in printed
+
+
+def test_a_compression_says_what_memory_it_takes_before_it_starts(
+    checkpoint, text, tmp_path, capsys
+):
+    assert compress(checkpoint, text, tmp_path / "run") == DONE
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"memory: about [\d,]+ MiB( of [\d,]+ MiB available)? on the host", first)
+    assert any("to ship" in line for line in rest)
+
+
+def test_a_compression_that_does_not_fit_is_refused_unless_told_otherwise(
+    checkpoint, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(available, "available_host_bytes", lambda: 10 * 2**20)
+    assert compress(checkpoint, text, tmp_path / "run") == REFUSED
+    message = capsys.readouterr().err
+    for option in ("10 MiB", "num-sequences", "batch-size", "sequence-length", "mesh", "dtype"):
+        assert option in message
+    assert not (tmp_path / "run").exists()
+    assert compress(checkpoint, text, tmp_path / "run", "--ignore-memory") == DONE
+
+
+@pytest.mark.parametrize("method", ["gradot", "magnitude"])
+def test_a_half_precision_checkpoint_is_compressed_in_float32_as_it_is(
+    checkpoint, text, tmp_path, method
+):
+    half, runs = tmp_path / "half", (tmp_path / "half run", tmp_path / "full run")
+    config, params = load_opt(checkpoint, dtype="float16")
+    save_opt(half, config, params, tokenizer_from=checkpoint)
+    full = tmp_path / "full"
+    save_opt(full, config, load_opt(half)[1], tokenizer_from=checkpoint)
+    for model, run in zip((half, full), runs, strict=True):
+        more = ["--method", method, "--store-dtype", "float32"]
+        assert compress(model, text, run, *more) == DONE
+    kept = [json.loads((run / "owner" / "plan.json").read_text())["layers"] for run in runs]
+    assert kept[0] == kept[1]
+    reduced, whole = (load_bundle(run / "bundle") for run in runs)
+    assert reduced.manifest.base_digest == whole.manifest.base_digest
 
 
 @pytest.mark.parametrize(

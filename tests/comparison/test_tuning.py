@@ -6,12 +6,9 @@ import numpy as np
 import optax
 
 from gradot_jax.comparison.task import FineTuning
-from gradot_jax.comparison.tuning import all_blocks, few_scans, rated_optimizer, tune
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.offsite.compress import compress
+from gradot_jax.comparison.tuning import all_blocks, rated_optimizer, tune
 from gradot_jax.offsite.emulator import split_model
 from gradot_jax.offsite.optimizer import make_optimizer
-from gradot_jax.offsite.split import AdapterSpec
 from gradot_jax.offsite.training import train_step
 
 TUNING = FineTuning(steps=5, batch_size=4, learning_rate=1e-2, warmup=2, weight_decay=0.1)
@@ -53,25 +50,6 @@ def test_runs_of_several_rates_and_seeds_compile_one_step(toy_bed, tmp_path):
     ]
     assert train_step._cache_size() == before + 1
     assert len(set(losses)) > 1
-
-
-def test_padding_to_few_scans_is_the_same_function(toy_bed, assert_close):
-    bed = toy_bed()
-    settings = {"method": "magnitude", "budget": 0.5, "allocation": "global"}
-    _, emulator = compress(bed.config, bed.params, bed.split, bed.calibration(0), **settings)
-    padded = few_scans(emulator)
-    assert len(padded.middle) <= len(emulator.middle)
-    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
-    logits = [forward(bed.config, e.assemble(), ids) for e in (padded, emulator)]
-    assert_close(*logits, "float32_model")
-
-
-def test_padding_keeps_inner_blocks_where_they_run(toy_bed, assert_close):
-    bed = toy_bed()
-    emulator = few_scans(split_model(bed.params, AdapterSpec(1, 1, (2,))))
-    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
-    logits = [forward(bed.config, p, ids) for p in (emulator.assemble(), bed.params)]
-    assert_close(*logits, "float32_model")
 
 
 def test_all_blocks_are_the_model_and_all_of_them_are_trained(toy_bed, tmp_path):

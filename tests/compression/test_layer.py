@@ -14,6 +14,7 @@ from gradot_jax.compression.layer import (
 from gradot_jax.compression.rule import gradot_rule
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.nn.linear import Dense, LowRank, dense_kernel
+from gradot_jax.parallel import make_mesh, put
 
 SITES, D, F, TOKENS = 2, 6, 8, 20
 CAP = D // 2
@@ -116,3 +117,30 @@ def test_half_precision_stays_half_precision(dtype, compensation):
     mlp = cut_mlp(candidate, np.arange(F), 3, compensation, 1e-4)
     leaves = jax.tree.leaves(([cut for cut, _ in cuts], mlp[:2]))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_weights_in_host_memory_in_half_precision_are_scored_in_float32(whitened, assert_close):
+    rule = gradot_rule(attention_basis="whitened" if whitened else "svd")
+    stored = weights(dtype=jnp.float16)
+    mapped = jax.tree.map(np.asarray, stored)
+    candidate = propose(mapped, factors(), rule)
+    exact = propose(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored), factors(), rule)
+    assert_close((candidate.decomposition, candidate.terms), exact[1:3], "float32")
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_decomposing_over_devices_proposes_the_same(whitened, assert_close):
+    rule = gradot_rule(attention_basis="whitened" if whitened else "svd")
+    mesh = make_mesh(2, 2)
+    placed = put((weights(), factors()), mesh.replicated)
+    got = propose(*placed, rule, mesh)
+    assert_close(got.terms, propose(weights(), factors(), rule).terms, "float32")
+
+
+def test_a_cut_is_made_on_the_host(candidate):
+    """Else every new rank and number of channels would be a program to compile."""
+    cut, _ = cut_attention(candidate, 0, np.arange(D), 2, "none", 1e-4)
+    fc1, fc2, _ = cut_mlp(candidate, np.arange(F), 3, "refit", 1e-4)
+    arrays = [cut.left, cut.right, fc1.kernel, fc1.bias, fc2.kernel]
+    assert all(isinstance(array, np.ndarray) for array in arrays)

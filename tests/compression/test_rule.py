@@ -193,3 +193,27 @@ def test_half_precision_layers_are_scored_in_float32(rule, assert_close):
     got, expected = (propose(w, factors(), rule).terms for w in (half, exact))
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}
     assert_close(got, expected, "float32")
+
+
+@pytest.mark.parametrize("channel_score", ["l1", "token-fisher"])
+def test_scores_hold_no_second_matrix_over_pairs_of_channels(channel_score):
+    width, ffn = 4, 512
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def of(d_in, d_out, *lead, removal=None):
+        means = array(*lead, d_in, d_in), array(*lead, d_in), array(*lead, d_out, d_out)
+        return KroneckerFactors(*means, None, removal)
+
+    given = LayerWeights(
+        Dense(array(4, width, width), None),
+        Dense(array(width, ffn), array(ffn)),
+        Dense(array(ffn, width), None),
+    )
+    parts = SVD(array(4, width, width), array(4, width), array(4, width, width))
+    moments = LayerFactors(
+        of(width, width, 4), of(width, ffn), of(ffn, width, removal=array(ffn, ffn))
+    )
+    program = gradot_terms.lower(given, parts, moments, "l1", channel_score).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * ffn**2 / 8

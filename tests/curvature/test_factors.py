@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gradot_jax.curvature.factors import normalise, with_bias
+from gradot_jax.linalg.gram import gram
 from gradot_jax.nn.linear import Dense
 from gradot_jax.nn.tap import InputMoments, tap_input, tap_output, zero_input_tap, zero_output_tap
 
@@ -42,12 +43,13 @@ def test_bias_is_a_constant_input_of_one(assert_close):
 
 
 def test_half_precision_gradient_is_normalised_in_float32():
-    inputs = InputMoments(jnp.ones((2, 2)), jnp.ones((2,)))
+    inputs = InputMoments(gram(jnp.ones((1, 2))), jnp.ones((2,)))
+    outputs = gram(jnp.ones((1, 3)))
     gradient = Dense(jnp.full((2, 3), 60_000, jnp.float16), None)
-    factors = normalise(inputs, jnp.ones((3, 3)), gradient, 2)
+    factors = normalise(inputs, outputs, gradient, 2)
     assert factors.gradient.kernel.dtype == jnp.float32
     np.testing.assert_array_equal(factors.gradient.kernel, np.full((2, 3), 30_000))
-    assert normalise(inputs, jnp.ones((3, 3)), None, 2).gradient is None
+    assert normalise(inputs, outputs, None, 2).gradient is None
 
 
 def test_one_token_makes_the_kronecker_product_exact(assert_close):

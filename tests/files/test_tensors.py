@@ -7,6 +7,7 @@ import stat
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.tensors import (
@@ -15,6 +16,7 @@ from gradot_jax.files.tensors import (
     iterate_tensors,
     read_specs,
     read_tensors,
+    stream_tensors,
     write_tensors,
 )
 
@@ -52,6 +54,32 @@ def test_every_layout_of_memory_is_written_as_it_reads(path, dtype):
     for name, view in views.items():
         assert read[name].dtype == view.dtype
         np.testing.assert_array_equal(read[name], np.asarray(view))
+
+
+def test_files_are_those_that_the_library_writes(path, tmp_path):
+    kinds = "bool uint8 int8 int16 uint16 float16 bfloat16 int32 uint32 float32 float64 int64"
+    arrays = {f"of {kind}": MATRIX.astype(jnp.dtype(kind)) for kind in kinds.split()}
+    arrays |= {"b": MATRIX, "a\u00e4": MATRIX}
+    write_tensors(path, arrays, {"format": "pt"})
+    safetensors.numpy.save_file(arrays, tmp_path / "expected", {"format": "pt"})
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_tensors_are_written_in_whatever_order_they_come(path, tmp_path):
+    arrays = {name: MATRIX.astype(name) for name in ("float64", "float32", "int8")}
+    specs = {name: TensorSpec((2, 3), name) for name in arrays}
+    write_tensors(path, arrays)
+    stream_tensors(tmp_path / "other", specs, reversed(arrays.items()))
+    assert path.read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_what_was_not_announced_is_not_written(path):
+    specs = {"a": TensorSpec((2, 3), "float32"), "b": TensorSpec((1,), "int8")}
+    for name, array in (("c", MATRIX), ("a", MATRIX.T), ("b", MATRIX[0, :1])):
+        with pytest.raises(ValueError, match=f"tensor {name}: got float32"):
+            stream_tensors(path, specs, [(name, array)])
+    with pytest.raises(ValueError, match="not written: b"):
+        stream_tensors(path, specs, [("a", MATRIX)])
 
 
 def test_permissions_follow_the_umask(path):
@@ -159,6 +187,18 @@ def test_an_impossible_empty_shape_is_refused(path):
 def test_an_absent_file_is_refused(path):
     with pytest.raises(InputError, match="cannot be read"):
         read_specs(path)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3 * 2**20,), (3, 2**20), (2**20 + 1, 2)])
+def test_arrays_of_any_size_are_checked_and_copied_to_their_end(shape):
+    source = np.ones(shape, np.float16)
+    target = np.zeros(shape, np.float32)
+    copy_finite("here", "a", source, target)
+    np.testing.assert_array_equal(target, 1)
+    if source.size:
+        source[(-1,) * len(shape)] = np.nan
+        with pytest.raises(InputError, match=rf"holds NaN or Inf at 1 of {source.size}"):
+            copy_finite("here", "a", source, target)
 
 
 def test_a_cast_out_of_range_is_refused_and_told_from_infinity():

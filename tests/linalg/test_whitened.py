@@ -4,6 +4,7 @@ import pytest
 
 from gradot_jax.linalg.svd import reconstruct, svd
 from gradot_jax.linalg.whitened import whitened_svd
+from gradot_jax.parallel import make_mesh
 
 DAMPING = 1e-4
 SHAPES = [(5, 4), (3, 6), (4, 1), (1, 1)]
@@ -154,3 +155,13 @@ def test_half_precision_kernels_are_decomposed_in_float32(dtype, assert_close):
     got = decompose(half, a, g)
     assert {part.dtype for part in got} == {jnp.dtype("float32")}
     assert_close(got, decompose(half.astype(jnp.float32), a, g), "float32")
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_over_devices_equals_on_one(sides, assert_close):
+    kernels, a, g = (None if part is None else np.stack([part] * 3) for part in case((5, 4), sides))
+    kernels = np.random.default_rng(3).normal(size=kernels.shape).astype(np.float16)
+    expected = whitened_svd(jnp.asarray(kernels), a, g, damping=DAMPING)
+    got = whitened_svd(kernels, a, g, damping=DAMPING, mesh=make_mesh(2, 2))
+    assert all(part.sharding.is_fully_replicated for part in got)
+    assert_close(got, expected, "float32")

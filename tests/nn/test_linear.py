@@ -30,3 +30,10 @@ def test_stacked_layers_keep_their_axis(assert_close):
 def test_half_precision_stays_half_precision():
     weights = Dense(jnp.ones((5, 4), jnp.bfloat16), jnp.ones((4,), jnp.bfloat16))
     assert linear(weights, jnp.ones((2, 5), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_leading_axes_of_any_number_are_kept(assert_close):
+    x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    weights = LowRank(LEFT, RIGHT, None)
+    assert_close(linear(weights, x), x @ PRODUCT, "float32")
+    assert linear(weights, x[0, 0, 0]).shape == (4,)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,3 +31,23 @@ def test_half_precision_statistics_are_taken_in_float32(assert_close):
     assert got.dtype == jnp.float16
     expected = layer_norm(LayerNorm(SCALE, BIAS), x.astype(np.float32))
     assert_close(got.astype(jnp.float32), expected, "bfloat16")
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(SCALE, BIAS), (SCALE, None), (None, None)])
+def test_gradients_equal_those_of_differentiation(scale, bias, assert_close):
+    cotangent = RNG.normal(size=X.shape).astype(np.float32)
+
+    def plain(weights, x):
+        h = x - x.mean(-1, keepdims=True)
+        h = h / jnp.sqrt(jnp.square(h).mean(-1, keepdims=True) + EPSILON)
+        h = h if weights.scale is None else h * weights.scale[None, None]
+        return h if weights.bias is None else h + weights.bias[None, None]
+
+    weights = LayerNorm(scale, bias)
+    got, expected = (jax.vjp(f, weights, X)[1](cotangent) for f in (layer_norm, plain))
+    assert_close(got, expected, "float32")
+
+
+def test_backward_pass_keeps_its_input_and_two_numbers_per_row():
+    _, pull = jax.vjp(lambda x: layer_norm(LayerNorm(SCALE, BIAS), x), X)
+    assert sum(leaf.size for leaf in jax.tree.leaves(pull)) == X.size + 2 * 2 * 3 + 2 * 5

@@ -19,6 +19,7 @@ from gradot_jax.models.opt.params import (
     init_params,
     segment_blocks,
     slice_blocks,
+    unstack_blocks,
 )
 from gradot_jax.nn.linear import Dense, LowRank
 from gradot_jax.offsite.emulator import Emulator
@@ -122,3 +123,15 @@ def make_case() -> Callable[..., Case]:
 @pytest.fixture(scope="session")
 def case(make_case) -> Case:
     return make_case()
+
+
+@pytest.fixture(scope="session")
+def on_host() -> Callable[[Params], Params]:
+    """Puts a model into the form of a memory-mapped one: numpy, each block a segment."""
+
+    def convert(params: Params) -> Params:
+        shell, blocks = jax.tree.map(np.asarray, (params.shell, unstack_blocks(params.segments)))
+        singles = tuple(jax.tree.map(lambda leaf: leaf[None], block) for block in blocks)
+        return Params(shell, singles)
+
+    return convert

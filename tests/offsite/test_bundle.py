@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import chex
@@ -17,10 +18,12 @@ from gradot_jax.errors import InputError
 from gradot_jax.files.tensors import iterate_tensors, write_tensors
 from gradot_jax.models.opt.forward import forward
 from gradot_jax.models.opt.params import SITES, count_params
+from gradot_jax.offsite import sealed_folder
 from gradot_jax.offsite.bundle import load_bundle, save_bundle
 from gradot_jax.offsite.card import count_parameters
 from gradot_jax.offsite.digest import base_digest
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
+from gradot_jax.offsite.emulator import build_emulator
+from gradot_jax.offsite.split import AdapterSpec, adapter_of, split_blocks
 
 FILES = ("README.md", "adapter.safetensors", "emulator.safetensors")
 
@@ -48,6 +51,33 @@ def written(case, tmp_path_factory) -> Path:
 @pytest.fixture
 def bundle(written, tmp_path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "bundle"))
+
+
+def test_an_emulator_on_the_host_is_written_as_one_on_a_device(case, written, on_host, tmp_path):
+    params = on_host(case.params)
+    layers = jax.tree.map(np.asarray, case.emulator.stored_layers)
+    emulator = build_emulator(params.shell, adapter_of(params, case.spec), layers)
+    save_bundle(tmp_path / "bundle", case.config, emulator, **case.save_options())
+    for file in written.iterdir():
+        assert (tmp_path / "bundle" / file.name).read_bytes() == file.read_bytes()
+    assert base_digest(case.config, params, case.spec) == base_digest(
+        case.config, case.params, case.spec
+    )
+
+
+def test_one_tensor_at_a_time_is_cast_and_written(case, tmp_path, monkeypatch):
+    cast, alive = [], []
+    original = sealed_folder._cast
+
+    def follow(*arguments):
+        array = original(*arguments)
+        alive.append(sum(reference() is not None for reference in cast))
+        cast.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(sealed_folder, "_cast", follow)
+    write_bundle(tmp_path / "bundle", case, dtype="float16")
+    assert len(cast) > 20 and max(alive) <= 1
 
 
 def _set(*path):

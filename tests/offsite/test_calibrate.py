@@ -164,7 +164,7 @@ def test_layers_come_from_the_top_down_and_boundaries_are_released(toy_model, ba
     seen = []
     for layer, sites in sweep_middle(config, params, SPEC, forward_pass):
         seen.append(layer)
-        assert [len(kept) for kept in forward_pass.boundaries] == [1] * layer + [0] * (3 - layer)
+        assert len(forward_pass.boundaries) == layer
         assert all(site.gradient is None for site in sites.values())
     assert seen == [2, 1, 0]
 
@@ -277,8 +277,10 @@ def test_sampled_fisher_follows_its_seed_and_keeps_the_true_gradient(
     assert_close(first.input_covariance, factors[0]["fc2"].input_covariance, "float32_model")
 
 
-def test_half_precision_models_have_float32_factors(toy_model, batch, assert_close):
+def test_half_precision_models_have_float32_factors(toy_model, toy_batch, assert_close):
     config, params = toy_model(dtype="bfloat16")
+    # Of a few tokens' factors rounded activations are a fifth, or nothing, as the draw has it.
+    batch = toy_batch(size=128)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     got, expected = (swept(config, p, [batch], with_gradient=False) for p in (params, rounded))
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float32")}

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import jax
@@ -16,10 +17,11 @@ from gradot_jax.models.opt.params import (
     stack_blocks,
     unstack_blocks,
 )
+from gradot_jax.models.opt.ragged import merge_segments
 from gradot_jax.nn.linear import Dense, LowRank
 from gradot_jax.nn.loss import token_log_likelihood
-from gradot_jax.offsite.emulator import Emulator
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
+from gradot_jax.offsite.emulator import Emulator, build_emulator, split_model
+from gradot_jax.offsite.split import AdapterSpec, adapter_of, split_blocks
 
 SMALL = ({"q_proj": 1, "v_proj": 3}, 5)
 SIZES = (SMALL, SMALL, ({"q_proj": 2, "v_proj": 1}, 9))
@@ -61,7 +63,7 @@ def logits_and_gradient(config, shell, adapter, middle, batch):
 def test_scan_equals_unrolled_equals_padded(ragged, toy_batch, assert_close):
     config, shell, adapter, blocks = ragged
     unrolled = tuple(stack_blocks([block]) for block in blocks)
-    scanned, padded = segment_blocks(blocks), segment_blocks(blocks, pad=True)
+    scanned, padded = merge_segments(unrolled), merge_segments(unrolled, waste=math.inf)
     depths = [[depth(stack) for stack in middle] for middle in (unrolled, scanned, padded)]
     assert depths == [[1, 1, 1], [2, 1], [3]]
     batch = toy_batch(size=4)
@@ -79,26 +81,7 @@ def test_layers_of_equal_shape_share_a_segment(ragged):
     assert [depth(stack) for stack in segments] == [2, 3, 1, 1]
     for got, expected in zip(unstack_blocks(segments), blocks, strict=True):
         jax.tree.map(np.testing.assert_array_equal, got, expected)
-    assert segment_blocks([]) == segment_blocks([], pad=True) == ()
-
-
-def test_padding_fills_ranks_and_channels_with_zeros_at_their_end(ragged):
-    _, _, _, (first, _, second) = ragged
-    (stack,) = segment_blocks([first, second], pad=True)
-    assert (stack.q_proj.rank, stack.v_proj.rank, stack.fc1.shape) == (2, 3, (8, 9))
-    padded = get_block(stack, 0)
-    np.testing.assert_array_equal(padded.q_proj.left[:, :1], first.q_proj.left)
-    np.testing.assert_array_equal(padded.fc2.kernel[:5], first.fc2.kernel)
-    beyond = (padded.q_proj.left[:, 1:], padded.q_proj.right[1:], padded.fc1.bias[5:])
-    assert not any(np.asarray(part).any() for part in beyond)
-
-
-def test_blocks_of_another_dtype_or_kind_are_not_padded_together(ragged):
-    _, _, _, (first, _, second) = ragged
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), second)
-    assert len(segment_blocks([first, half], pad=True)) == 2
-    dense = second.replace(q_proj=second.k_proj)
-    assert len(segment_blocks([first, dense], pad=True)) == 2
+    assert segment_blocks([]) == ()
 
 
 def test_assembled_model_puts_the_adapter_around_the_middle(ragged):
@@ -122,3 +105,31 @@ def test_empty_middle_and_one_sided_adapter_assemble_without_empty_stacks(toy_mo
     whole = Emulator(params.shell, adapter, (middle,)).assemble()
     joined = concatenate_blocks(whole.segments)
     jax.tree.map(np.testing.assert_array_equal, joined, params.segments[0])
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(1, 1), AdapterSpec(0, 2), AdapterSpec(1, 0, (2, 3))])
+def test_splitting_a_model_on_the_host_copies_nothing_of_the_middle(toy_model, on_host, spec):
+    _, params = toy_model()
+    given = on_host(params)
+    model = split_model(given, spec)
+    middle = spec.middle_layers(5)
+    assert [segment is given.segments[i] for segment, i in zip(model.middle, middle, strict=True)]
+    whole = unstack_blocks(model.assemble().segments)
+    for got, expected in zip(whole, unstack_blocks(params.segments), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_an_emulator_is_where_its_shell_is(ragged, on_host, toy_model):
+    _, shell, adapter, blocks = ragged
+    params = on_host(toy_model(activation_function="gelu")[1])
+    layers = jax.tree.map(np.asarray, blocks)
+    stacked = build_emulator(shell, adapter, layers)
+    single = build_emulator(params.shell, adapter_of(params, AdapterSpec(1, 1)), layers)
+    assert [depth(segment) for segment in stacked.middle] == [2, 1]
+    assert [depth(segment) for segment in single.middle] == [1, 1, 1]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(single))
+    for layer, segment in zip(layers, single.middle, strict=True):
+        assert np.shares_memory(layer.fc1.kernel, segment.fc1.kernel)
+    for got, expected in zip(single.stored_layers, stacked.stored_layers, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert single.layer_map == stacked.layer_map

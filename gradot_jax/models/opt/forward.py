@@ -9,14 +9,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from gradot_jax.linalg.gram import Gram
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import Block, Layer, Params, Segment, Shared, Shell, get_block
+from gradot_jax.models.opt.partition import gather_over_data, keep_all_but_weights
 from gradot_jax.nn.attention import causal_attention
 from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.dtypes import cast
 from gradot_jax.nn.harmonizer import Harmonizer, harmonize
 from gradot_jax.nn.linear import linear
-from gradot_jax.nn.loss import token_log_likelihood
+from gradot_jax.nn.loss import cross_entropy
 from gradot_jax.nn.norm import layer_norm
 from gradot_jax.nn.tap import (
     InputMoments,
@@ -27,6 +31,7 @@ from gradot_jax.nn.tap import (
     zero_output_tap,
     zero_removal_tap,
 )
+from gradot_jax.parallel import along_data
 
 INPUT_OF_SITE = {
     "q_proj": "self_attn",
@@ -44,40 +49,49 @@ class BlockTaps(NamedTuple):
 
     Attributes:
         inputs: per tapped input, see `INPUT_OF_SITE`.
-        outputs: per site.
+        outputs: per site; None where only inputs are looked at.
         removals: of the hidden channels, at fc2's input; None where not asked for.
     """
 
     inputs: dict[str, InputMoments]
-    outputs: dict[str, jax.Array]
-    removals: jax.Array | None = None
+    outputs: dict[str, Gram] | None
+    removals: Gram | None = None
 
 
-def zero_taps(block: Block, *, with_removals: bool = False) -> BlockTaps:
+def zero_taps(block: Block, *, with_outputs: bool = True, with_removals: bool = False) -> BlockTaps:
     """Taps that fit a single dense block; those of removals only when asked for."""
     inputs = {name: zero_input_tap(getattr(block, s).shape[0]) for s, name in INPUT_OF_SITE.items()}
-    outputs = {site: zero_output_tap(getattr(block, site).shape[1]) for site in INPUT_OF_SITE}
+    outputs = None
+    if with_outputs:
+        outputs = {site: zero_output_tap(getattr(block, site).shape[1]) for site in INPUT_OF_SITE}
     removals = zero_removal_tap(block.fc2.shape[0]) if with_removals else None
     return BlockTaps(inputs, outputs, removals)
 
 
 def embed(
-    config: OPTConfig, shell: Shell, input_ids: jax.Array, mask: jax.Array | None = None
+    config: OPTConfig,
+    shell: Shell,
+    input_ids: jax.Array,
+    mask: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Token plus position embeddings `[B, T, D]`.
+    """Token plus position embeddings `[B, T, D]`, the start of the residual stream.
 
-    Positions count the unmasked tokens so far, as in Hugging Face; padding reads row 1.
+    Positions count the unmasked tokens so far, as in Hugging Face; padding reads row 1. All that
+    follows is computed in `dtype`, by default that of the stored embedding.
     """
     del config
-    tokens = shell.embed_tokens[input_ids]
+    shell = gather_over_data(shell)
+    dtype = shell.embed_tokens.dtype if dtype is None else dtype
+    tokens = shell.embed_tokens[input_ids].astype(dtype)
     if shell.project_in is not None:
-        tokens = linear(shell.project_in, tokens)
+        tokens = linear(cast(shell.project_in, dtype), tokens)
     if mask is None:
         positions = jnp.arange(input_ids.shape[1])[None] + 2
     else:
         mask = mask.astype(jnp.int32)
         positions = jnp.cumsum(mask, axis=1) * mask + 1
-    return tokens + shell.embed_positions[positions]
+    return tokens + shell.embed_positions[positions].astype(dtype)
 
 
 def apply_block(
@@ -91,18 +105,20 @@ def apply_block(
 
     Args:
         config: the model's variant; its sizes are not read.
-        block: weights without a layer axis.
+        block: weights without a layer axis, in any dtype; that of `hidden` is computed in.
         hidden: `[B, T, D]`.
         mask: `[B, T]`, or None when every token is real.
         taps: zeros whose cotangents are the Kronecker factors, summed over tokens; None for none.
     """
+    block = gather_over_data(cast(block, hidden.dtype))
+    hidden = along_data(hidden)
 
     def read(name: str, x: jax.Array) -> jax.Array:
         return x if taps is None else tap_input(x, taps.inputs[name], mask)
 
     def apply(site: str, x: jax.Array) -> jax.Array:
         y = linear(getattr(block, site), x)
-        return y if taps is None else tap_output(y, taps.outputs[site])
+        return y if taps is None or taps.outputs is None else tap_output(y, taps.outputs[site])
 
     activation = jax.nn.relu if config.activation_function == "relu" else _gelu
     pre = config.do_layer_norm_before
@@ -120,7 +136,7 @@ def apply_block(
     if taps is not None and taps.removals is not None:
         x = tap_removal(x, taps.removals, mask)
     hidden = hidden + apply("fc2", read("fc2", x))
-    return hidden if pre else layer_norm(block.final_layer_norm, hidden)
+    return along_data(hidden if pre else layer_norm(block.final_layer_norm, hidden))
 
 
 _gelu = partial(jax.nn.gelu, approximate=False)
@@ -131,7 +147,7 @@ def apply_layer(
 ) -> jax.Array:
     """A decoder block, or what stands in its place, on the residual stream `[B, T, D]`."""
     if isinstance(layer, Harmonizer):
-        return harmonize(layer, hidden)
+        return harmonize(gather_over_data(layer), hidden)
     return apply_block(config, layer, hidden, mask)
 
 
@@ -156,8 +172,7 @@ def run_blocks(
     def step(carry: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
         return apply_layer(config, layer, carry, mask), None
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)
+    step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else keep_all_but_weights)
     for segment in segments:
         if isinstance(segment, Shared):
             order = jnp.asarray(segment.order, jnp.int32)
@@ -175,12 +190,24 @@ def _shared_step(step, segment: Shared, carry: jax.Array, index: jax.Array):
 def head(config: OPTConfig, shell: Shell, hidden: jax.Array) -> jax.Array:
     """Logits `[B, T, V]` from the residual stream after the last block."""
     del config
-    if shell.final_layer_norm is not None:
-        hidden = layer_norm(shell.final_layer_norm, hidden)
-    if shell.project_out is not None:
-        hidden = linear(shell.project_out, hidden)
+    return jnp.dot(*head_operands(shell, hidden))
+
+
+def head_operands(shell: Shell, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the head multiplies: its input `[B, T, E]` and its kernel `[E, V]`, in one dtype.
+
+    Args:
+        shell: of the model, in any dtype.
+        hidden: the residual stream after the last block, `[B, T, D]`.
+    """
+    shell = gather_over_data(shell)
     kernel = shell.embed_tokens.T if shell.lm_head is None else shell.lm_head
-    return jnp.dot(hidden, kernel)
+    dtype = hidden.dtype
+    if shell.final_layer_norm is not None:
+        hidden = layer_norm(cast(shell.final_layer_norm, dtype), hidden)
+    if shell.project_out is not None:
+        hidden = linear(cast(shell.project_out, dtype), hidden)
+    return hidden, kernel.astype(dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "remat"))
@@ -207,20 +234,32 @@ def forward(
     Raises:
         ValueError: when T exceeds the position table.
     """
+    hidden = _run(config, params, input_ids, attention_mask, remat)
+    return head(config, params.shell, hidden)
+
+
+@partial(jax.jit, static_argnames=("config", "remat"))
+def summed_loss(
+    config: OPTConfig, params: Params, batch: Batch, *, remat: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Next-token loss in nats, summed over the counted targets, and their number.
+
+    Logits of a whole batch are never there at once, see `gradot_jax.nn.loss`.
+    """
+    hidden = _run(config, params, batch.input_ids, batch.attention_mask, remat)
+    weights = batch.loss_mask.astype(jnp.float32)
+    operands = head_operands(params.shell, hidden)
+    return cross_entropy(*operands, batch.targets, weights), weights.sum()
+
+
+def _run(
+    config: OPTConfig, params: Params, input_ids: jax.Array, mask: jax.Array | None, remat: bool
+) -> jax.Array:
+    """The residual stream after the last block, `[B, T, D]`."""
     if input_ids.ndim != 2 or input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"input_ids must be [B, T] with T <= {config.max_position_embeddings}, "
             f"got shape {input_ids.shape}"
         )
-    hidden = embed(config, params.shell, input_ids, attention_mask)
-    hidden = run_blocks(config, params.segments, hidden, attention_mask, remat=remat)
-    return head(config, params.shell, hidden)
-
-
-def summed_loss(
-    config: OPTConfig, params: Params, batch: Batch, *, remat: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Next-token loss in nats, summed over the counted targets, and their number."""
-    logits = forward(config, params, batch.input_ids, batch.attention_mask, remat=remat)
-    weights = batch.loss_mask.astype(jnp.float32)
-    return -(token_log_likelihood(logits, batch.targets) * weights).sum(), weights.sum()
+    hidden = embed(config, params.shell, input_ids, mask)
+    return run_blocks(config, params.segments, hidden, mask, remat=remat)

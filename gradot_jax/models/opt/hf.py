@@ -3,26 +3,19 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder, regular_file
+from gradot_jax.files.mapped import StoredTensor
 from gradot_jax.files.strict_json import read_json, write_json
-from gradot_jax.files.tensors import (
-    TensorSpec,
-    check_specs,
-    copy_finite,
-    float_dtype,
-    write_tensors,
-)
+from gradot_jax.files.tensors import check_specs, copy_finite, float_dtype, write_tensors
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.names import EMBED_TOKENS, LM_HEAD, model_schema, params_to_hf
-from gradot_jax.models.opt.params import Params, init_params
-from gradot_jax.models.opt.partition import shard_params
+from gradot_jax.models.opt.params import Params
+from gradot_jax.models.opt.placing import map_params, place_params
 from gradot_jax.models.opt.weight_files import (
     WeightFile,
     checkpoint_folder,
@@ -41,20 +34,23 @@ def load_opt(
     mesh: DeviceMesh | None = None,
     dtype: str | None = "float32",
     revision: str | None = None,
+    memory_map: bool = False,
 ) -> tuple[OPTConfig, Params]:
     """Loads an OPT checkpoint: safetensors or Flax msgpack, whole or sharded, in that order.
 
-    Tensors are read one at a time into the stacked arrays of the model, in host memory, and then
-    placed on the devices.
+    The files are mapped, not read. Each stacked array of the model is put together on the host
+    and placed on its devices before the next is; a process reads only what its devices hold.
 
     Args:
         path_or_hub_id: a folder, or the id of a repository on the Hugging Face Hub.
         mesh: where to lay the weights; None for the default device.
         dtype: float32, float16 or bfloat16; None keeps that of the file.
         revision: branch, tag or commit on the Hub.
+        memory_map: leave the weights in the file, in its dtype. The arrays are read-only numpy
+            views of it and every block is a segment of its own; `mesh` and `dtype` play no part.
 
     Returns:
-        The configuration and the weights, all blocks in one segment.
+        The configuration and the weights, all blocks in one segment unless memory-mapped.
 
     Raises:
         InputError: when the checkpoint is absent, damaged, of another architecture, lacks or
@@ -63,58 +59,55 @@ def load_opt(
     folder = checkpoint_folder(path_or_hub_id, revision)
     values = read_json(regular_file(folder, "config.json"), max_bytes=_CONFIG_BYTES)
     config = OPTConfig.from_hf(values, str(folder / "config.json"))
-    files = open_weights(folder)
-    specs = _checked_specs(str(folder), config, files)
-    host = _read_params(config, files, _one_dtype(str(folder), specs, dtype))
-    return config, jax.device_put(host) if mesh is None else shard_params(host, mesh)
+    tensors = _checked_tensors(str(folder), config, open_weights(folder))
+    target = _one_dtype(str(folder), tensors, None if memory_map else dtype)
+    if memory_map:
+        return config, map_params(config, tensors)
+    return config, place_params(config, tensors, target, mesh)
 
 
-def _checked_specs(where: str, config: OPTConfig, files: list[WeightFile]) -> dict[str, TensorSpec]:
-    named = [entry for file in files for entry in file.specs]
-    specs = dict(named)
-    if len(specs) != len(named):
-        counts = Counter(name for name, _ in named)
+def _checked_tensors(
+    where: str, config: OPTConfig, files: list[WeightFile]
+) -> dict[str, StoredTensor]:
+    stored = [tensor for file in files for tensor in file.tensors]
+    tensors = {tensor.name: tensor for tensor in stored}
+    if len(tensors) != len(stored):
+        counts = Counter(tensor.name for tensor in stored)
         repeated = sorted(name for name, count in counts.items() if count > 1)
         raise InputError(f"{where}: stored more than once: {', '.join(repeated)}")
-    if config.num_hidden_layers > len(specs):
+    if config.num_hidden_layers > len(tensors):
         raise InputError(
             f"{where}: config.json says {config.num_hidden_layers} layers, the weights are only "
-            f"{len(specs)} tensors"
+            f"{len(tensors)} tensors"
         )
     schema = model_schema(config)
-    if config.tie_word_embeddings and LM_HEAD in specs:
+    if config.tie_word_embeddings and LM_HEAD in tensors:
         schema[LM_HEAD] = (config.vocab_size, config.word_embed_proj_dim)
-    check_specs(where, specs, schema)
-    return specs
+    check_specs(where, {name: tensor.spec for name, tensor in tensors.items()}, schema)
+    if config.tie_word_embeddings and LM_HEAD in tensors:
+        _check_same(where, tensors[LM_HEAD], tensors[EMBED_TOKENS])
+    return tensors
 
 
-def _one_dtype(where: str, specs: dict[str, TensorSpec], dtype: str | None) -> np.dtype:
+def _check_same(where: str, head: StoredTensor, embedding: StoredTensor) -> None:
+    rows = zip(head.array, embedding.array, strict=True)
+    same = all(np.array_equal(one, other) for one, other in rows)
+    head.file.release()
+    embedding.file.release()
+    if not same:
+        raise InputError(
+            f"{where}: config.json ties the head to the token embedding, but "
+            f"{LM_HEAD} differs from it; set tie_word_embeddings to false if it is meant to"
+        )
+
+
+def _one_dtype(where: str, tensors: dict[str, StoredTensor], dtype: str | None) -> np.dtype:
     if dtype is not None:
         return float_dtype(dtype)
-    stored = sorted({spec.dtype for spec in specs.values()})
+    stored = sorted({tensor.dtype.name for tensor in tensors.values()})
     if len(stored) > 1:
         raise InputError(f"{where}: the weights mix {' and '.join(stored)}; choose one dtype")
     return float_dtype(stored[0])
-
-
-def _read_params(config: OPTConfig, files: list[WeightFile], dtype: np.dtype) -> Params:
-    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), shapes)
-    targets = dict(params_to_hf(params))
-    embedding = targets[EMBED_TOKENS]
-    head = targets.setdefault(LM_HEAD, np.empty_like(embedding))
-    stored = set()
-    for file in files:
-        for name, array in file.tensors():
-            copy_finite(str(file.path), name, array, targets[name])
-            stored.add(name)
-    redundant_head = config.tie_word_embeddings and LM_HEAD in stored
-    if redundant_head and not np.array_equal(head, embedding):
-        raise InputError(
-            f"{files[0].path.parent}: config.json ties the head to the token embedding, but "
-            f"{LM_HEAD} differs from it; set tie_word_embeddings to false if it is meant to"
-        )
-    return params
 
 
 def save_opt(
@@ -153,7 +146,7 @@ def save_opt(
         )
     stored = (target or params.shell.embed_tokens.dtype).name
     with output_folder(path, overwrite=overwrite) as folder:
-        _write_shards(folder, _checked_tensors(str(path), config, params, target), max_shard_bytes)
+        _write_shards(folder, _fitting_tensors(str(path), config, params, target), max_shard_bytes)
         write_json(folder / "config.json", {**config.to_hf(), "dtype": stored})
         tokens = {f"{t}_token_id": getattr(config, f"{t}_token_id") for t in ("bos", "eos", "pad")}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
@@ -161,7 +154,7 @@ def save_opt(
             shutil.copyfile(file, folder / file.name)
 
 
-def _checked_tensors(
+def _fitting_tensors(
     where: str, config: OPTConfig, params: Params, dtype: np.dtype | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     schema = model_schema(config)

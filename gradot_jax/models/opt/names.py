@@ -1,7 +1,7 @@
 """Hugging Face tensor names of an OPT model, and the two ways between them and our trees.
 
 Torch stores linear weights as `[D_out, D_in]`; our kernels are `[D_in, D_out]`. Everything here
-is numpy on the host, one block at a time.
+is on the host, one block at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ DECODER = "model.decoder."
 EMBED_TOKENS = f"{DECODER}embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
-# Of numpy: parameters are declared as JAX arrays, and until they are placed hold numpy's.
+# Parameters are declared as JAX arrays; until they are placed they may be anything that has a `T`.
 Tensors = Mapping[str, Any]
 
 _NORMS = ("self_attn_layer_norm", "final_layer_norm")
@@ -39,11 +39,15 @@ def canonical_name(name: str) -> str:
     return f"model.{name}" if name.startswith("decoder.") else name
 
 
-def from_flax(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """A tensor of Hugging Face Flax, by its `/`-joined path, as torch names and stores it."""
+def flax_name(path: str) -> str:
+    """Torch's name of a tensor of Hugging Face Flax, given by its `/`-joined path."""
     parent, _, leaf = path.replace("/", ".").rpartition(".")
-    name = canonical_name(f"{parent}.{_FLAX_LEAVES.get(leaf, leaf)}")
-    return name, array.T if leaf == "kernel" else array
+    return canonical_name(f"{parent}.{_FLAX_LEAVES.get(leaf, leaf)}")
+
+
+def is_flax_kernel(path: str) -> bool:
+    """Whether torch stores a tensor of Hugging Face Flax the other way round."""
+    return path.rpartition("/")[2] == "kernel"
 
 
 def block_schema(config: OPTConfig) -> dict[str, tuple[int, ...]]:

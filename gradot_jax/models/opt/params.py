@@ -121,14 +121,49 @@ def get_block(stack: Segment, index: int) -> Layer:
     return jax.tree.map(lambda leaf: leaf[index], stored)
 
 
+def layers_at(params: Params, indices: Sequence[int]) -> list[Layer]:
+    """The single layers of a model that run at some depths; views where its arrays are numpy."""
+    places = [
+        (segment, index)
+        for segment in params.segments
+        for index in (segment.order if isinstance(segment, Shared) else range(depth(segment)))
+    ]
+    return [get_block(*places[index]) for index in indices]
+
+
+def slice_segments(segments: Sequence[Block], start: int, stop: int) -> tuple[Block, ...]:
+    """Layers start..stop-1 of a model; segments that lie within are taken as they are."""
+    parts = []
+    first = 0
+    for segment in segments:
+        size = depth(segment)
+        low, high = max(start - first, 0), min(stop - first, size)
+        if low < high:
+            parts.append(segment if high - low == size else slice_blocks(segment, low, high))
+        first += size
+    return tuple(parts)
+
+
 def stack_blocks(blocks: Sequence[Layer]) -> Layer:
-    """Stacks layers of equal shape along a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    """Stacks layers of equal shape along a new leading axis, on the device."""
+
+    def stack(*leaves):
+        # What is on the host is stacked there: on a device each shape is a program to compile.
+        on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+        return jnp.asarray(np.stack(leaves)) if on_host else jnp.stack(leaves)
+
+    return jax.tree.map(stack, *blocks)
 
 
 def concatenate_blocks(stacks: Sequence[Segment]) -> Block:
-    """Joins stacks of equal block shape in depth order."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacks)
+    """Joins stacks of equal block shape in depth order; on the host where all are numpy."""
+
+    def join(*leaves):
+        if all(isinstance(leaf, np.ndarray) for leaf in leaves):
+            return leaves[0] if len(leaves) == 1 else np.concatenate(leaves)
+        return jnp.concatenate(leaves)
+
+    return jax.tree.map(join, *stacks)
 
 
 def unstack_blocks(segments: Sequence[Segment]) -> list[Layer]:
@@ -140,17 +175,15 @@ def unstack_blocks(segments: Sequence[Segment]) -> list[Layer]:
     ]
 
 
-def segment_blocks(blocks: Sequence[Layer], *, pad: bool = False) -> tuple[Layer, ...]:
+def segment_blocks(blocks: Sequence[Layer]) -> tuple[Layer, ...]:
     """Stacks each run of consecutive layers of equal shape.
 
     Args:
         blocks: single layers of one model, in depth order.
-        pad: stack blocks that differ in ranks and channels alone as well, filled up with zeros to
-            the largest of their run: fewer scans to compile, the same function.
     """
 
     def kind(block: Layer) -> Layer:
-        return jax.tree.map(lambda leaf: leaf.dtype if pad else (leaf.shape, leaf.dtype), block)
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), block)
 
     runs: list[list[Layer]] = []
     for block in blocks:
@@ -158,17 +191,7 @@ def segment_blocks(blocks: Sequence[Layer], *, pad: bool = False) -> tuple[Layer
             runs[-1].append(block)
         else:
             runs.append([block])
-    return tuple(stack_blocks(_pad_to_largest(run) if pad else run) for run in runs)
-
-
-def _pad_to_largest(run: list[Layer]) -> list[Layer]:
-    # Ranks and channels are all that differs within a model, and zeros there add nothing.
-    largest = jax.tree.map(lambda *leaves: np.max([leaf.shape for leaf in leaves], axis=0), *run)
-
-    def pad(leaf: jax.Array, shape: np.ndarray) -> jax.Array:
-        return jnp.pad(leaf, [(0, n) for n in shape - np.array(leaf.shape)])
-
-    return [jax.tree.map(pad, block, largest) for block in run]
+    return tuple(map(stack_blocks, runs))
 
 
 def count_params(tree) -> int:

@@ -5,21 +5,18 @@ does not know where the tensors came from. Only safetensors and the msgpack file
 Flax are read; the pickles of torch can run code, and the HDF5 files of TensorFlow are not ours.
 """
 
+import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import flax.serialization
-import huggingface_hub
-import numpy as np
-
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import regular_file
+from gradot_jax.files.mapped import StoredTensor, map_flax, map_safetensors
 from gradot_jax.files.strict_json import read_json
-from gradot_jax.files.tensors import TensorSpec, iterate_tensors, read_specs
-from gradot_jax.models.opt.names import canonical_name, from_flax
+from gradot_jax.models.opt.names import canonical_name, flax_name, is_flax_kernel
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,17 +33,15 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 class WeightFile(NamedTuple):
-    """One file of weights, opened.
+    """One file of weights, mapped into memory.
 
     Attributes:
         path: the file.
-        specs: name, shape and dtype of each tensor as torch stores it.
-        tensors: yields name and tensor; to be called once.
+        tensors: each as torch names and lays it out.
     """
 
     path: Path
-    specs: list[tuple[str, TensorSpec]]
-    tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    tensors: list[StoredTensor]
 
 
 class _Format(NamedTuple):
@@ -87,6 +82,8 @@ def checkpoint_folder(path_or_hub_id: str | Path, revision: str | None = None) -
 
 
 def _download(name: str, revision: str | None, weights: str) -> Path:
+    import huggingface_hub
+
     patterns = ["config.json", "*.index.json", *TOKENIZER_FILES, weights]
     try:
         snapshot = huggingface_hub.snapshot_download(
@@ -134,7 +131,7 @@ def _open_shards(folder: Path, form: _Format) -> list[WeightFile]:
     shards = {name: regular_file(folder, name) for name in sorted({*listed.values()})}
     files = {name: form.open(path) for name, path in shards.items()}
     expected = {(form.name(tensor), shard) for tensor, shard in listed.items()}
-    held = {(tensor, shard) for shard, file in files.items() for tensor, _ in file.specs}
+    held = {(tensor.name, shard) for shard, file in files.items() for tensor in file.tensors}
     if expected != held:
         differing = ", ".join(f"{tensor} in {shard}" for tensor, shard in sorted(expected ^ held))
         raise InputError(f"{index}: index and shards disagree about {differing}")
@@ -142,48 +139,22 @@ def _open_shards(folder: Path, form: _Format) -> list[WeightFile]:
 
 
 def _open_safetensors(path: Path) -> WeightFile:
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, array in iterate_tensors(path):
-            yield canonical_name(name), array
-
-    specs = [(canonical_name(name), spec) for name, spec in read_specs(path).items()]
-    return WeightFile(path, specs, tensors)
+    tensors = map_safetensors(path)
+    return WeightFile(path, [dataclasses.replace(t, name=canonical_name(t.name)) for t in tensors])
 
 
 def _open_msgpack(path: Path) -> WeightFile:
-    try:
-        tree = flax.serialization.msgpack_restore(path.read_bytes())
-        named = [from_flax(key, array) for key, array in _flatten(tree)]
-    # A damaged file fails in any of the ways of msgpack, numpy and the Flax reader above them.
-    except Exception as error:
-        raise InputError(f"{path}: damaged or truncated Flax msgpack file: {error}") from None
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        # The whole file is in memory; what has been copied out of it is let go.
-        while named:
-            yield named.pop()
-
-    specs = [(name, TensorSpec(array.shape, array.dtype.name)) for name, array in named]
-    return WeightFile(path, specs, tensors)
+    return WeightFile(path, [_from_flax(tensor) for tensor in map_flax(path)])
 
 
-def _flatten(tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}/{key}" if prefix else str(key))
-    elif isinstance(tree, np.ndarray):
-        yield prefix, tree
-    else:
-        raise ValueError(f"{prefix or 'the file'} is a {type(tree).__name__}, expected an array")
-
-
-def _flax_name(path: str) -> str:
-    return from_flax(path, np.empty(()))[0]
+def _from_flax(tensor: StoredTensor) -> StoredTensor:
+    stored = tensor.T if is_flax_kernel(tensor.name) else tensor
+    return dataclasses.replace(stored, name=flax_name(tensor.name))
 
 
 FORMATS = (
     _Format("model.safetensors", "model-*.safetensors", _open_safetensors, canonical_name),
-    _Format("flax_model.msgpack", "flax_model-*.msgpack", _open_msgpack, _flax_name),
+    _Format("flax_model.msgpack", "flax_model-*.msgpack", _open_msgpack, flax_name),
 )
 """In the order in which they are looked for."""
 

@@ -21,10 +21,11 @@ from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import apply_block, embed
 from gradot_jax.models.opt.params import Params, concatenate_blocks, get_block
-from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.norm import layer_norm
 from gradot_jax.offsite.method import Outcome, Problem, layers_to_keep, whole_layer
 from gradot_jax.offsite.split import AdapterSpec
+from gradot_jax.offsite.training import place_batch
+from gradot_jax.parallel import to_host
 from gradot_jax.progress import track
 
 MAX_SEQUENCES = 512
@@ -133,7 +134,7 @@ def pooled_hidden_states(problem: Problem) -> jax.Array:
     """
     parts, count = [], 0
     for mask, pooled in _pooled_batches(problem):
-        rows = np.flatnonzero(np.asarray(mask).any(1))[: MAX_SEQUENCES - count]
+        rows = np.flatnonzero(mask.any(1))[: MAX_SEQUENCES - count]
         parts.append(pooled[:, rows])
         count += len(rows)
         if count == MAX_SEQUENCES:
@@ -143,13 +144,11 @@ def pooled_hidden_states(problem: Problem) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def _pooled_batches(problem: Problem) -> Iterator[tuple[jax.Array, jax.Array]]:
+def _pooled_batches(problem: Problem) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for batch in track(problem.batches, "hidden states", enabled=problem.progress):
-        batch = Batch(*(jnp.asarray(field) for field in batch))
-        if problem.mesh is not None:
-            batch = jax.device_put(batch, problem.mesh.batched)
+        batch = place_batch(batch, problem.mesh)
         mask = batch.attention_mask
-        yield mask, _pooled(problem.config, problem.params, batch.input_ids, mask)
+        yield to_host((mask, _pooled(problem.config, problem.params, batch.input_ids, mask)))
 
 
 @partial(jax.jit, static_argnames="config")

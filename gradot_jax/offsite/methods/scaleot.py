@@ -49,6 +49,7 @@ from gradot_jax.offsite.method import Outcome, Problem, whole_layer
 from gradot_jax.offsite.public_text import hold_out
 from gradot_jax.offsite.split import AdapterSpec
 from gradot_jax.offsite.training import place
+from gradot_jax.parallel import to_host
 
 
 def compress(problem: Problem) -> Outcome:
@@ -196,6 +197,7 @@ def _frozen(problem: Problem, blocks: Block, layer: int) -> tuple[LayerPlan, Lay
     rank = attention_rank(problem.config, problem.options)
     if rank >= rank_pool(width, width).cap:
         return plan, block
+    block = block if problem.mesh is None else to_host(block)
     candidate = propose(attention_and_mlp(block), None, MAGNITUDE)
     maps, components = {}, []
     for index, site in enumerate(ATTENTION_SITES):

@@ -1,0 +1,117 @@
+"""What `gradot compress` says before it starts: what it will store, and the memory it takes.
+
+Nothing here names JAX; the commands that use it have loaded it.
+"""
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from gradot_jax.compression.plan import HarmonizerShape, LayerShape
+from gradot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gradot_jax.offsite.estimate import MemoryEstimate
+    from gradot_jax.offsite.forecast import Forecast
+
+_MIB = 2**20
+
+
+class Room(NamedTuple):
+    """Memory of one place.
+
+    Attributes:
+        place: in words.
+        needed: bytes, estimated.
+        available: bytes; None where the system does not say.
+    """
+
+    place: str
+    needed: int
+    available: int | None
+
+    def __str__(self) -> str:
+        """In words, in MiB."""
+        known = "" if self.available is None else f" of {mebibytes(self.available)} available"
+        return f"{mebibytes(self.needed)}{known} {self.place}"
+
+
+def rooms(estimate: "MemoryEstimate", num_local_devices: int) -> list[Room]:
+    """What an estimate asks of each place, and what there is.
+
+    Args:
+        estimate: of a compression.
+        num_local_devices: of this process.
+    """
+    from gradot_jax.offsite.available import (
+        available_device_bytes,
+        available_host_bytes,
+        devices_share_host,
+    )
+
+    if devices_share_host():
+        needed = estimate.shared_host(num_local_devices)
+        return [Room("on the host", needed, available_host_bytes())]
+    return [
+        Room("on the host", estimate.host, available_host_bytes()),
+        Room("on each device", estimate.device, available_device_bytes()),
+    ]
+
+
+def check_rooms(found: list[Room]) -> None:
+    """Raises InputError where an estimate exceeds what is available, with what helps."""
+    for room in found:
+        if room.available is not None and room.needed > room.available:
+            raise InputError(
+                f"the compression would take about {room}; --offload on an accelerator, a smaller "
+                "--num-sequences, --batch-size or --sequence-length, --dtype bfloat16, or a --mesh "
+                "over more devices needs less, and --ignore-memory tries it as it is"
+            )
+
+
+def forecast_lines(outlook: "Forecast", dtype: str, itemsize: int) -> list[str]:
+    """What will be stored, as lines of a label and a value.
+
+    Args:
+        outlook: sizes.
+        dtype: of the bundle.
+        itemsize: of that dtype, in bytes.
+    """
+    layers = [
+        f"{number} x {_shape_text(shape)}" for shape, number in Counter(outlook.shapes).items()
+    ]
+    kept = f"{outlook.kept:,} of the middle's {outlook.middle:,}"
+    shipped = f"{outlook.shipped:,} of {outlook.original:,}"
+    return [
+        line("emulator", "; ".join(layers) or "no layer"),
+        line("parameters kept", f"{kept} ({outlook.kept / outlook.middle:.1%})"),
+        line("parameters shipped", f"{shipped} ({outlook.shipped / outlook.original:.1%})"),
+        line("bundle", f"{mebibytes(outlook.shipped * itemsize)} in {dtype}"),
+    ]
+
+
+def memory_lines(estimate: "MemoryEstimate", found: list[Room]) -> list[str]:
+    """Each part of an estimate, and the totals."""
+    parts = [
+        line(f"{place}: {name}", mebibytes(size))
+        for place in ("host", "device")
+        for name, size in estimate.parts(place).items()
+        if size
+    ]
+    return [*parts, *(line("at the peak", str(room)) for room in found)]
+
+
+def mebibytes(size: int) -> str:
+    """A size in MiB, rounded up."""
+    return f"{-(-size // _MIB):,} MiB"
+
+
+def _shape_text(shape: LayerShape | HarmonizerShape) -> str:
+    if isinstance(shape, HarmonizerShape):
+        return f"harmonizer of width {shape.rank}"
+    ranks = sorted({"full rank" if r is None else f"rank {r}" for _, r in shape.ranks})
+    return f"layer of {' and '.join(ranks)}, {shape.num_channels} channels"
+
+
+def line(label: str, value: str) -> str:
+    """One row of what is printed."""
+    return f"{label:<22}{value}"

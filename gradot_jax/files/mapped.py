@@ -1,0 +1,130 @@
+"""Tensors in files that are mapped into memory: found at once, read where they are touched.
+
+A mapping takes addresses and no memory of the process. The system reads a page when it is looked
+at and may drop it again, so a checkpoint need not fit beside what is computed from it. A file
+must not be cut short while it is mapped; the system would end the process.
+"""
+
+import dataclasses
+import math
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from gradot_jax.errors import InputError
+from gradot_jax.files.flax_msgpack import find_arrays
+from gradot_jax.files.tensors import TensorSpec, check_finite, copy_finite, read_layout
+
+
+class MappedFile(NamedTuple):
+    """A file and its mapping."""
+
+    path: Path
+    memory: mmap.mmap
+
+    def release(self) -> None:
+        """Lets go of the pages read so far; they are read again if they are looked at again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a mapped file; a leaf in trees of JAX.
+
+    Attributes:
+        file: where it is.
+        name: what it is called in messages.
+        shape: its shape; of a transposed tensor, that after the transposition.
+        dtype: as stored.
+        pieces: its data, one-dimensional views of the file; more than one where a file of Flax
+            holds it in chunks.
+        transposed: whether rows of this tensor are columns of the stored one.
+    """
+
+    file: MappedFile
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[np.ndarray, ...]
+    transposed: bool = False
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Shape and dtype name."""
+        return TensorSpec(self.shape, self.dtype.name)
+
+    @property
+    def T(self) -> "StoredTensor":
+        """The transposed tensor; nothing is read."""
+        return dataclasses.replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+
+    @property
+    def array(self) -> np.ndarray:
+        """A read-only view of the file, or a copy where it is in chunks."""
+        flat = self.pieces[0] if len(self.pieces) == 1 else np.concatenate(self.pieces)
+        flat.flags.writeable = False
+        return flat.reshape(self.shape[::-1]).T if self.transposed else flat.reshape(self.shape)
+
+    def check_finite(self) -> None:
+        """Raises InputError when it holds NaN or an infinite number."""
+        for piece in self.pieces:
+            check_finite(str(self.file.path), self.name, piece)
+        self.file.release()
+
+    def read_into(self, target: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """Copies a part of the tensor, cast to the target's dtype.
+
+        Raises:
+            InputError: when a number is not finite, before or after the cast.
+        """
+        copy_finite(str(self.file.path), self.name, self.array[index], target)
+        self.file.release()
+
+
+def map_safetensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: when the file is absent or damaged.
+    """
+    layout = read_layout(path)
+    file = _map(path)
+    return [
+        _stored(file, name, spec, [(offset, math.prod(spec.shape))])
+        for name, (spec, offset) in layout.items()
+    ]
+
+
+def map_flax(path: Path) -> list[StoredTensor]:
+    """The arrays of a msgpack file of Flax, named by their `/`-joined paths.
+
+    Raises:
+        InputError: when the file is absent or damaged, or holds anything else.
+    """
+    try:
+        file = _map(path)
+        found = find_arrays(file.memory)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged or truncated Flax msgpack file: {error}") from None
+    return [_stored(file, *array) for array in found]
+
+
+def _map(path: Path) -> MappedFile:
+    try:
+        with path.open("rb") as file:
+            return MappedFile(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _stored(
+    file: MappedFile, name: str, spec: TensorSpec, pieces: Sequence[tuple[int, int]]
+) -> StoredTensor:
+    dtype = jnp.dtype(spec.dtype)
+    views = (np.ndarray((count,), dtype, file.memory, offset) for offset, count in pieces)
+    return StoredTensor(file, name, spec.shape, dtype, tuple(views))

@@ -1,0 +1,124 @@
+"""Layers that a compression is done with: in memory, or in a folder from which it goes on.
+
+A layer is arrays by name and JSON values. In a folder each is a folder of its own that appears
+whole or not at all; beside them lies what the compression was of, so that no other goes on there.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+import numpy as np
+
+from gradot_jax.errors import InputError
+from gradot_jax.files.folder import output_folder
+from gradot_jax.files.strict_json import read_json, write_json
+from gradot_jax.files.tensors import iterate_tensors, write_tensors
+from gradot_jax.parallel import is_writer, sync
+
+_IDENTITY = "compression.json"
+_ARRAYS = "arrays.safetensors"
+_VALUES = "values.json"
+
+Tuple = TypeVar("Tuple")
+
+
+class StoredLayer(NamedTuple):
+    """What is kept of a layer.
+
+    Attributes:
+        arrays: on the host.
+        values: JSON.
+    """
+
+    arrays: dict[str, np.ndarray]
+    values: dict[str, Any]
+
+
+class LayerStore:
+    """Finished layers by their index in the middle."""
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]):
+        """Opens a store.
+
+        Args:
+            folder: where layers are kept; None keeps them in memory.
+            identity: JSON values that must be equal for a compression to go on.
+
+        Raises:
+            InputError: when the folder is that of another compression, or of none.
+        """
+        self._folder = folder
+        self._memory: dict[int, StoredLayer] = {}
+        if folder is not None:
+            _claim(folder, identity)
+
+    @property
+    def finished(self) -> set[int]:
+        """Indices of the layers that are there."""
+        if self._folder is None:
+            return set(self._memory)
+        return {int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()}
+
+    def save(self, layer: int, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
+        """Keeps a layer; with several processes all of them call this, and one writes."""
+        if self._folder is None:
+            self._memory[layer] = StoredLayer(dict(arrays), dict(values))
+            return
+        if is_writer():
+            with output_folder(self._folder / f"{layer:04d}") as path:
+                write_tensors(path / _ARRAYS, arrays)
+                write_json(path / _VALUES, dict(values))
+        sync(f"layer {layer}")
+
+    def load(self, layer: int) -> StoredLayer:
+        """A finished layer.
+
+        Raises:
+            InputError: when its files are damaged.
+        """
+        if self._folder is None:
+            return self._memory[layer]
+        path = self._folder / f"{layer:04d}"
+        return StoredLayer(dict(iterate_tensors(path / _ARRAYS)), read_json(path / _VALUES))
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    known, identity = folder / _IDENTITY, json.loads(json.dumps(identity))
+    new = not known.is_file()
+    if not new:
+        held = read_json(known)
+        differing = sorted(key for key in held | identity if held.get(key) != identity.get(key))
+        if differing:
+            raise InputError(
+                f"{folder}: holds layers of another compression, with other {', '.join(differing)}"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: expected the finished layers of a compression, or nothing")
+    sync("finished layers read")
+    if new and is_writer():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(known, identity)
+    sync("finished layers claimed")
+
+
+def pack(name: str, tree: Any) -> dict[str, np.ndarray]:
+    """Arrays of nested named tuples, by dotted names; None is left out."""
+    if tree is None:
+        return {}
+    if hasattr(tree, "_asdict"):
+        parts = [pack(f"{name}.{field}", part) for field, part in tree._asdict().items()]
+        return {key: array for part in parts for key, array in part.items()}
+    return {name: np.asarray(tree)}
+
+
+def unpack(kind: type[Tuple], name: str, arrays: Mapping[str, np.ndarray]) -> Tuple:
+    """The named tuple of a kind that `pack` made arrays of."""
+
+    def field(label: str, hint: Any) -> Any:
+        if hasattr(hint, "_fields"):
+            return unpack(hint, f"{name}.{label}", arrays)
+        return arrays.get(f"{name}.{label}")
+
+    return kind(*(field(*item) for item in get_type_hints(kind).items()))
