@@ -1,161 +1,251 @@
-"""Measures every phase of some workloads and writes one JSON per workload.
+"""Measures the workloads and studies of a suite and writes one JSON for each.
 
-    python -m benchmarks.run --suite cpu --workloads tiny small
+    python -m benchmarks.run --suite cpu
+    python -m benchmarks.run --suite device --workloads opt-1.3b opt-125m --time-limit 420
 
-Each phase runs in a process of its own; a workload's file is written anew after each of them.
+On CPU each phase runs in a process of its own; on an accelerator, whose memory one process
+takes, all run in this one. A file is written anew after each phase, and only those of the
+workloads asked for.
 """
 
-import dataclasses
+import argparse
+import contextlib
+import gc
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import tyro
+import jax
 
-from benchmarks.floor import Cost
-from benchmarks.measure import RATES
+from benchmarks.derive import UNIT, derive, totals
+from benchmarks.measure import RATES, Task, records, without_cache
 from benchmarks.phases import PHASES
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.studies import ORDER, STUDY_SECONDS
+from benchmarks.targets import TARGETS_FILE, load_results, measured
+from benchmarks.workloads import SUITES, WORKLOADS, Suite
 from gradot_jax.errors import InputError
-from gradot_jax.evaluation.record import write_result
+from gradot_jax.evaluation.record import environment, write_result
 
-UNIT = "gradient"
 _ROOT = Path(__file__).parents[1]
+RESULTS = _ROOT / "benchmarks" / "results"
+
+TIME_LIMITS: dict[Suite, float] = {"cpu": 1200.0, "device": 420.0}
+"""Seconds."""
+
+Result = dict[str, Any]
+Measure = Callable[[Suite, Task, float], Iterator[Result]]
+"""Yields `environment` and `record`, growing where the task is a study, until the time is up."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """Options of a run.
+class Failed(Exception):
+    """Something could not be measured."""
 
-    Attributes:
-        suite: the platform to measure; results go to `benchmarks/results/<suite>`.
-        workloads: names of shapes, see `benchmarks/workloads.py`.
-        phases: names of phases; `gradient`, the unit, is measured in any case.
-        out: folder of the results, another than that of the suite.
+
+def run_suite(
+    suite: Suite,
+    names: Sequence[str],
+    phases: Sequence[str],
+    folder: Path,
+    time_limit: float,
+) -> list[str]:
+    """Measures some workloads and studies.
+
+    Args:
+        suite: which of the suites.
+        names: of workloads and studies, in the order in which they are to be measured; those of
+            `ORDER` where empty.
+        phases: names of phases; those of each workload where empty. The unit is measured in any
+            case.
+        folder: of the results.
         time_limit: seconds for all; what is not measured by then is listed under `left_out`.
-    """
 
-    suite: Literal["cpu", "gpu", "tpu"] = "cpu"
-    workloads: tuple[str, ...] = ("tiny", "small")
-    phases: tuple[str, ...] = tuple(PHASES)
-    out: Path | None = None
-    time_limit: float = 900.0
-
-
-def main(options: Benchmark) -> None:
-    """Runs the benchmark.
+    Returns:
+        What failed, by name; empty when nothing did.
 
     Raises:
-        InputError: for an unknown workload or phase.
+        InputError: for an unknown name, or without a device to measure.
     """
-    _check("workload", options.workloads, WORKLOADS)
-    _check("phase", options.phases, PHASES)
-    folder = options.out or _ROOT / "benchmarks" / "results" / options.suite
-    deadline = time.monotonic() + options.time_limit
-    for name in options.workloads:
-        run_workload(options.suite, name, options.phases, folder / f"{name}.json", deadline)
+    names = names or ORDER[suite]
+    _check("workload", names, [*WORKLOADS[suite], *STUDY_SECONDS[suite]])
+    _check("phase", phases, PHASES)
+    if suite == "device" and jax.default_backend() == "cpu" and set(names) != {"smoke"}:
+        raise InputError("suite device: there is no accelerator; only smoke runs without one")
+    measure = apart if suite == "cpu" else here
+    deadline = time.monotonic() + time_limit
+    failures = []
+    for name in names:
+        path = folder / f"{name}.json"
+        if name in WORKLOADS[suite]:
+            result = run_workload(suite, name, phases, path, deadline, measure)
+            failures += [f"{name}: {phase}" for phase in _failed(result)]
+        else:
+            own = time.monotonic() + STUDY_SECONDS[suite][name]
+            if not run_study(suite, name, path, min(own, deadline), measure):
+                failures.append(name)
+        write_result(folder / TARGETS_FILE, {"targets": measured(suite, load_results(folder))})
+    return failures
 
 
 def run_workload(
-    suite: str, name: str, phases: Iterable[str], path: Path, deadline: float
-) -> dict[str, Any]:
+    suite: Suite,
+    name: str,
+    phases: Sequence[str],
+    path: Path,
+    deadline: float,
+    measure: Measure,
+) -> Result:
     """Measures one workload into one file.
 
     Args:
-        suite: platform.
+        suite: which of the suites.
         name: of the workload.
-        phases: names of phases.
+        phases: names of phases; those of the workload where empty.
         path: the file, replaced after each phase; not made when not even the rates were measured.
-        deadline: on the monotonic clock; a phase that runs into it is stopped.
+        deadline: on the monotonic clock.
+        measure: how.
 
     Returns:
         The contents of the file.
     """
-    names = [RATES, UNIT, *(phase for phase in phases if phase != UNIT)]
-    result: dict[str, Any] = {"suite": suite, "workload": describe(name), "phases": {}}
-    result["num_cores"] = os.cpu_count()
-    for index, phase in enumerate(names):
-        started = time.monotonic()
-        record = _measure_apart(suite, name, phase, deadline - started)
-        if record is None:
-            result["left_out"] = names[index:]
-            print(f"{name}: out of time; left out: {', '.join(names[index:])}")
+    workload = WORKLOADS[suite][name]
+    wanted = phases or workload.phases or tuple(PHASES)
+    todo = [RATES, UNIT, *(phase for phase in wanted if phase != UNIT)]
+    result: Result = {"suite": suite, "name": name, "workload": workload.describe()}
+    result["phases"] = {}
+    for index, phase in enumerate(todo):
+        try:
+            last = _last(measure(suite, Task(name, phase), deadline - time.monotonic()))
+        except Failed as error:
+            last = {"record": {"failed": str(error)}}
+        if last is None:
+            result["left_out"] = todo[index:]
+            _say(f"{name}: out of time; left out: {', '.join(todo[index:])}")
             break
         if phase == RATES:
-            result |= record
+            if "failed" in last["record"]:
+                result["phases"][RATES] = last["record"]
+                break
+            result |= {"environment": last["environment"], RATES: last["record"]}
         else:
-            result["phases"][phase] = record
-            result["phases"] = derive(result["phases"], result["rates"])
+            result["phases"][phase] = last["record"]
+            result["phases"] = derive(result["phases"], result[RATES])
+            result["totals"] = totals(result["phases"])
         write_result(path, result)
-        print(f"{name}: {phase} measured in {time.monotonic() - started:.0f} s", flush=True)
+        _say(f"{name}: {phase} {last['record'].get('failed', 'measured')}")
     if RATES in result:
         write_result(path, result)
     return result
 
 
-def describe(name: str) -> dict[str, Any]:
-    """The shapes of a workload, for its file."""
-    workload: Workload = WORKLOADS[name]
-    config = workload.config
-    return {
-        "name": name,
-        "num_bottom": workload.split.num_bottom,
-        "num_middle": workload.num_middle,
-        "num_top": workload.split.num_top,
-        "width": config.hidden_size,
-        "ffn": config.ffn_dim,
-        "heads": config.num_attention_heads,
-        "vocabulary": config.vocab_size,
-        "length": workload.length,
-        "batch_size": workload.batch_size,
-        "num_batches": workload.num_batches,
-        "budget": workload.budget,
-    }
+def run_study(suite: Suite, name: str, path: Path, deadline: float, measure: Measure) -> bool:
+    """Measures one study into one file, replaced as it grows.
 
-
-def derive(phases: dict[str, dict[str, Any]], rates: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Adds to each phase its time in gradients, its speed, and its fraction of the floor.
-
-    The unit is one gradient of the same model on each batch of text that the phase reads; on one
-    batch where it reads none.
+    Returns:
+        Whether nothing failed; a study that the time cut short says so by `complete`.
     """
-    unit = phases[UNIT]["median_seconds"]
-
-    def derived(record: dict[str, Any]) -> dict[str, Any]:
-        seconds = record["median_seconds"]
-        floor = Cost(record["flops"], record["bytes"]).seconds(
-            rates["flops_per_second"], rates["bytes_per_second"]
-        )
-        return {
-            "gradients": seconds / (unit * max(record["batches"], 1)),
-            "tokens_per_second": record["tokens"] / seconds if record["tokens"] else None,
-            "floor_seconds": floor,
-            "fraction_of_floor": floor / seconds,
-        }
-
-    return {name: record | derived(record) for name, record in phases.items()}
+    complete = False
+    try:
+        for last in measure(suite, Task(name), deadline - time.monotonic()):
+            own = {"suite": suite, "name": name, "environment": last["environment"]}
+            write_result(path, last["record"] | own)
+            complete = bool(last["record"].get("complete"))
+    except Failed as error:
+        _say(f"{name}: {error}")
+        return False
+    _say(f"{name}: {'measured' if complete else 'out of time'}")
+    return True
 
 
-def _measure_apart(suite: str, workload: str, phase: str, seconds: float) -> dict[str, Any] | None:
-    """A record from a process of its own, or None when the time is up.
+def here(suite: Suite, task: Task, seconds: float) -> Iterator[Result]:
+    """Measures in this process, where a phase that has begun is not stopped."""
+    deadline = time.monotonic() + seconds
+    try:
+        found = records(suite, task)
+        while time.monotonic() < deadline and (record := next(found, None)) is not None:
+            yield {"environment": environment(), "record": record}
+    except Exception as error:
+        # Out of memory or a mistake: what the machine can still measure is measured.
+        traceback.print_exc()
+        first = next(iter(str(error).splitlines()), "")
+        raise Failed(f"{type(error).__name__}: {first[:200]}") from error
+    finally:
+        # Else the arrays and programs of a phase would lie beside those of the next.
+        gc.collect()
+        jax.clear_caches()
+
+
+def apart(suite: Suite, task: Task, seconds: float) -> Iterator[Result]:
+    """Measures in a process of its own, stopped when the time is up.
 
     On Linux a process inherits the peak of the one that starts it, so this one must stay small:
     it imports JAX, as all of them do, and allocates nothing.
     """
-    command = [sys.executable, "-m", "benchmarks.measure", "--platform", suite]
-    command += ["--workload", workload, "--phase", phase]
-    try:
-        done = subprocess.run(
-            command, cwd=_ROOT, stdout=subprocess.PIPE, check=True, timeout=max(seconds, 0.0)
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
+    if seconds <= 0:
+        return
+    process = subprocess.Popen(
+        _command(suite, task),
+        cwd=_ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    overdue = threading.Event()
+    timer = threading.Timer(seconds, lambda: (overdue.set(), _end(process)))
+    timer.start()
+    with process:
+        try:
+            # A line without an end is one that was being written when the time was up.
+            lines = (line for line in process.stdout or () if line.endswith("}\n"))
+            yield from (json.loads(line) for line in lines if line.startswith("{"))
+            process.wait()
+        finally:
+            timer.cancel()
+            _end(process)
+    if process.returncode and not overdue.is_set():
+        raise Failed(f"ended with code {process.returncode}")
+
+
+def _command(suite: Suite, task: Task) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.measure", "--suite", suite, *task.arguments()]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def device_folder(suite: Suite) -> Path:
+    """Where results of a suite go: `results/cpu`, or the accelerator's kind."""
+    if suite == "cpu":
+        return RESULTS / "cpu"
+    return RESULTS / re.sub(r"[^a-z0-9.]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+
+
+def _last(found: Iterable[Result]) -> Result | None:
+    last = None
+    for last in found:  # noqa: B007 - the last one is what is wanted
+        pass
+    return last
+
+
+def _failed(result: Result) -> list[str]:
+    return [name for name, record in result["phases"].items() if "failed" in record]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -164,5 +254,25 @@ def _check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
         raise InputError(f"unknown {kind} {', '.join(unknown)}; there are {', '.join(known)}")
 
 
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", required=True, choices=SUITES)
+    parser.add_argument("--workloads", nargs="+", default=(), help="workloads and studies")
+    parser.add_argument("--phases", nargs="+", default=(), help="instead of the workloads' own")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--time-limit", type=float, help="seconds: 1200 on CPU, 420 on devices")
+    options = parser.parse_args()
+    without_cache()
+    limit = TIME_LIMITS[options.suite] if options.time_limit is None else options.time_limit
+    try:
+        folder = options.out or device_folder(options.suite)
+        failures = run_suite(options.suite, options.workloads, options.phases, folder, limit)
+    except InputError as error:
+        parser.error(str(error))
+    if failures:
+        raise SystemExit(f"could not be measured: {'; '.join(failures)}")
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark))
+    main()

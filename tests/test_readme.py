@@ -1,9 +1,7 @@
 import doctest
 from pathlib import Path
 
-import pytest
-
-from benchmarks.report import table
+from benchmarks.report import RESULTS, load_kinds, replace_section, section
 from gradot_jax.comparison.report import report
 from gradot_jax.files.strict_json import read_json
 
@@ -28,6 +26,8 @@ def test_tables_in_the_readme_are_those_of_the_committed_comparison():
     assert report(read_json(folder / "result.json")) == table
 
 
-@pytest.mark.parametrize("workload", ["tiny", "small"])
-def test_speed_tables_in_the_readme_are_the_committed_results(workload):
-    assert table(read_json(ROOT / "benchmarks" / "results" / "cpu" / f"{workload}.json")) in README
+def test_speed_in_the_readme_is_that_of_the_committed_results():
+    kinds = load_kinds(RESULTS)
+    assert replace_section(README, section(kinds)) == README
+    growth = [kind for kind in kinds if "growth" in kind.results]
+    assert all(list(kind.folder.glob("growth-*.png")) for kind in growth)

@@ -1,52 +1,131 @@
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks import report
-from benchmarks.run import Benchmark, derive, main
+from benchmarks import run
+from benchmarks.measure import Task
+from benchmarks.run import Failed, apart, here, run_suite, run_workload
 from gradot_jax.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 
-def test_a_run_writes_what_the_report_prints(tmp_path, capsys, monkeypatch):
-    main(Benchmark(workloads=("smoke",), phases=("step_full",), out=tmp_path))
+
+def test_each_phase_of_the_cpu_suite_is_measured_apart_and_written_as_it_goes(tmp_path, capsys):
+    assert not run_suite("cpu", ["smoke"], ["step_full"], tmp_path, 300.0)
     result = json.loads((tmp_path / "smoke.json").read_text())
     assert list(result["phases"]) == ["gradient", "step_full"]
     assert result["environment"]["platform"] == result["suite"] == "cpu"
+    # This process has eight virtual devices, those that measure have one.
+    assert result["environment"]["num_devices"] == 1
     assert result["phases"]["gradient"]["gradients"] == 1
     step = result["phases"]["step_full"]
     assert step["runs"] >= 5 and step["program"]["temp_bytes"] > 0
     assert 0 < step["fraction_of_floor"] < 1.5
-    monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path)])
-    capsys.readouterr()
-    report.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("**smoke**: 1 + 2 + 1 blocks, D 16")
-    assert lines[-1].startswith("| step full |")
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert result["totals"]["tuning"]["step_full"]["tokens_per_second"] > 0
+    assert json.loads((tmp_path / "targets.json").read_text())["targets"]
+    assert "smoke: step_full measured" in capsys.readouterr().out
+
+
+def test_the_device_suite_runs_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    monkeypatch.setattr("benchmarks.rates.product_shapes", lambda workload: [(8, 8, 8)])
+    monkeypatch.setattr("benchmarks.rates.copy_rate", lambda: 1e9)
+    monkeypatch.setattr(run, "apart", None)
+    assert not run_suite("device", ["smoke"], ["decomposition"], tmp_path, 300.0)
+    result = json.loads((tmp_path / "smoke.json").read_text())
+    assert result["environment"]["num_devices"] == 8
+    assert result["workload"]["dtype"] == "bfloat16"
+
+
+def test_without_an_accelerator_the_device_suite_runs_smoke_alone(tmp_path):
+    with pytest.raises(InputError, match="only smoke runs without one"):
+        run_suite("device", ["opt-1.3b"], [], tmp_path, 300.0)
+
+
+@pytest.mark.parametrize("names", [{"names": ["huge"]}, {"phases": ["sleep"]}])
+def test_an_unknown_name_is_refused_with_those_that_exist(names, tmp_path):
+    asked = {"names": ["smoke"], "phases": []} | names
+    with pytest.raises(InputError, match=r"unknown (workload|phase) .*; there are"):
+        run_suite("cpu", **asked, folder=tmp_path, time_limit=300.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_time_did_not_allow_is_named(tmp_path, capsys):
-    main(Benchmark(workloads=("smoke",), phases=("compress",), out=tmp_path, time_limit=0))
+    run_suite("cpu", ["smoke"], ["compress"], tmp_path, 0.0)
     assert "left out: rates, gradient, compress" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "smoke.json").exists()
 
 
-def test_time_is_told_in_gradients_per_batch_and_as_a_fraction_of_the_floor():
-    def record(seconds, batches):
-        return {"median_seconds": seconds, "batches": batches, "tokens": 6 * batches} | {
-            "flops": 10,
-            "bytes": 1,
-        }
-
-    rates = {"flops_per_second": 10.0, "bytes_per_second": 10.0}
-    phases = derive({"gradient": record(2, 1), "two": record(8, 2), "none": record(4, 0)}, rates)
-    assert [phases[name]["gradients"] for name in phases] == [1, 2, 2]
-    assert [phases[name]["tokens_per_second"] for name in phases] == [3, 1.5, None]
-    assert phases["two"]["fraction_of_floor"] == 1 / 8
+def _measured(seconds: float):
+    cost = {"flops": 1, "exact_flops": 0, "symmetric_flops": 0, "bytes": 1}
+    record = {"median_seconds": seconds, "batches": 1, "tokens": 1, "times": 1, "cost": cost}
+    rates = {"flops_per_second": 1, "exact_flops_per_second": 1, "bytes_per_second": 1}
+    return {"environment": {}, "record": record | rates}
 
 
-@pytest.mark.parametrize("options", [{"workloads": ("huge",)}, {"phases": ("sleep",)}])
-def test_an_unknown_name_is_refused_with_those_that_exist(options, tmp_path):
-    with pytest.raises(InputError, match=r"unknown (workload|phase) .*; there are"):
-        main(Benchmark(**options, out=tmp_path))
-    assert not list(tmp_path.iterdir())
+def test_a_phase_that_fails_is_named_and_the_others_are_measured(tmp_path):
+    def measure(suite, task, seconds):
+        if task.phase == "compress":
+            raise Failed("ended with code 1")
+        yield _measured(1.0)
+
+    path = tmp_path / "smoke.json"
+    phases = ["compress", "packaging"]
+    run_workload("cpu", "smoke", phases, path, time.monotonic() + 60, measure)
+    result = json.loads(path.read_text())
+    assert result["phases"]["compress"] == {"failed": "ended with code 1"}
+    assert result["phases"]["packaging"]["gradients"] == 1
+
+
+def test_a_study_is_written_as_it_grows_and_its_end_is_told(tmp_path):
+    seen = []
+
+    def measure(suite, task, seconds):
+        for count in range(3):
+            yield {"environment": {}, "record": {"count": count, "complete": count == 2}}
+            seen.append(json.loads((tmp_path / "growth.json").read_text())["count"])
+
+    deadline = time.monotonic() + 60
+    assert run.run_study("cpu", "growth", tmp_path / "growth.json", deadline, measure)
+    assert seen == [0, 1, 2]
+
+
+def test_a_process_that_takes_too_long_is_ended_and_no_failure(monkeypatch):
+    command = ["-c", "import time; print('{}', flush=True); time.sleep(60)"]
+    monkeypatch.setattr(run, "_command", lambda suite, task: [sys.executable, *command])
+    start = time.monotonic()
+    assert list(apart("cpu", Task("smoke", "gradient"), 3.0)) == [{}]
+    assert time.monotonic() - start < 30
+
+
+def test_a_process_that_fails_is_a_failure(monkeypatch):
+    monkeypatch.setattr(run, "_command", lambda suite, task: [sys.executable, "-c", "exit(3)"])
+    with pytest.raises(Failed, match="code 3"):
+        list(apart("cpu", Task("smoke", "gradient"), 60.0))
+
+
+def test_a_mistake_in_this_process_is_a_failure_of_that_phase_alone(monkeypatch, capsys):
+    def records(suite, task):
+        raise ValueError("shapes differ")
+        yield
+
+    monkeypatch.setattr(run, "records", records)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    with pytest.raises(Failed, match="ValueError: shapes differ"):
+        list(here("device", Task("smoke", "gradient"), 60.0))
+
+
+def test_the_suite_loads_nothing_but_numerical_libraries():
+    code = (
+        "import sys, benchmarks.run, benchmarks.growth, benchmarks.decomposition\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    unwanted = {"transformers", "datasets", "orbax", "tyro", "huggingface_hub", "matplotlib"}
+    assert not (unwanted | {"torch", "tokenizers"}) & set(loaded.stdout.split())

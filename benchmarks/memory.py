@@ -1,0 +1,282 @@
+"""Memory at the shape of OPT-1.3B, which a CPU can hold though not run for long.
+
+Three questions. Does the sweep need no more than one gradient with recomputation and the factors
+of two layers: as XLA lays the programs out, for the calibration's own text, and as a process
+holds, for a short one? How much does a step need, of the adapter in the emulator, in the full
+model, and of all weights, as XLA lays it out? And how much does `gradot compress` hold of a
+checkpoint in float16: of the whole command, on random weights, with a short middle, since what
+it holds does not depend on how many layers it has compressed already?
+
+    python -m benchmarks.memory --full    # all middle layers; many minutes
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copy
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.derive import program_bytes
+from benchmarks.floor import block_weights, factor_entries
+from benchmarks.harness import Phase, analysis, timed
+from benchmarks.phases import PHASES, lower_sweep
+from benchmarks.steps import Step, lower_gradient, lower_step
+from benchmarks.workloads import OPT_1_3B, Suite, Workload
+from gradot_jax.files.tensors import TensorSpec, stream_tensors
+from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.opt.names import model_schema
+
+_ROOT = Path(__file__).parents[1]
+
+CALIBRATION = Workload(
+    config=OPT_1_3B, length=2048, batch_size=8, num_batches=1, remat=True, num_swept=2
+)
+SHORT = dataclasses.replace(CALIBRATION, length=128, batch_size=1, num_batches=2)
+TUNING = dataclasses.replace(CALIBRATION, length=512, batch_size=1, remat=False)
+
+_SEQUENCES, _LENGTH = 4, 128
+"""Of the command's calibration."""
+
+
+def study(suite: Suite, *, full: bool = False) -> Iterator[dict[str, Any]]:
+    """The growing record.
+
+    Args:
+        suite: must be `cpu`.
+        full: compress the whole middle instead of two layers.
+    """
+    del suite
+    record: dict[str, Any] = {"complete": False}
+    record["sweep_compiled"] = compiled_sweep(CALIBRATION)
+    yield record
+    record["sweep_resident"] = resident_sweep(SHORT)
+    yield record
+    record["tuning"] = compiled_steps(TUNING)
+    yield record
+    record["compress"] = compress_command(OPT_1_3B, num_middle=None if full else 2)
+    yield record | {"complete": True}
+
+
+def compiled_sweep(workload: Workload) -> dict[str, Any]:
+    """Bytes of the sweep of one layer, and of what it may need, as XLA lays them out.
+
+    Temporaries are those of the program; the sums of the factors, which are results of the
+    sweep's, count with them.
+    """
+    sweep = analysis(lower_sweep(workload).compile())
+    gradient = analysis(lower_gradient(workload).compile())
+    tokens = workload.num_batches * workload.tokens
+    cotangents = tokens * workload.config.hidden_size * jnp.dtype(workload.dtype).itemsize
+    used = sweep["temp_bytes"] + sweep["output_bytes"] - cotangents
+    return _compared(workload, used, gradient["temp_bytes"])
+
+
+def resident_sweep(workload: Workload) -> dict[str, Any]:
+    """The same as processes hold them, above what they held before and besides the gradient."""
+    used, gradient = (_run_apart(name) for name in ("factor_sweep", "gradient"))
+    return _compared(workload, used, gradient - 4 * _num_params(workload.config))
+
+
+def _compared(workload: Workload, used: int, gradient: int) -> dict[str, Any]:
+    allowed = gradient + 2 * 4 * factor_entries(workload)
+    return {
+        "workload": workload.describe(),
+        "sweep_bytes": used,
+        "gradient_bytes": gradient,
+        "layer_factor_bytes": 4 * factor_entries(workload),
+        "allowed_bytes": allowed,
+        "share": used / allowed,
+    }
+
+
+def compiled_steps(workload: Workload) -> dict[str, Any]:
+    """Bytes of each kind of step, and how many times less than of all weights it is."""
+    programs = {kind: analysis(lower_step(workload, kind).compile()) for kind in get_args(Step)}
+    every = program_bytes(programs["step_all"])
+    record: dict[str, Any] = {"workload": workload.describe()}
+    for kind, program in programs.items():
+        used = program_bytes(program)
+        record[kind] = {**program, "bytes": used, "memory_reduction": every / used}
+    return record
+
+
+def _run_apart(name: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.memory", "--held", name]
+    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, check=True, text=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def held_by(phase: Phase) -> int:
+    """Bytes that a second run of a phase holds at its worst above those before it; Linux only.
+
+    The first run compiles, which takes memory of its own.
+    """
+    timed(phase.run, *phase.prepare())
+    arguments = phase.prepare()
+    _settle()
+    # This resets the peak of the process.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("self")["VmHWM"]
+    result = timed(phase.run, *arguments)
+    peak = _status("self")["VmHWM"]
+    del result
+    return peak - before
+
+
+def _settle() -> None:
+    """Waits until what was let go of has been given back, which happens in the background."""
+    gc.collect()
+    for _ in range(20):
+        before = _status("self")["VmRSS"]
+        time.sleep(0.5)
+        if before - _status("self")["VmRSS"] < 2**20:
+            return
+
+
+def _status(process: str | int) -> dict[str, int]:
+    """Bytes by name from a process's status; empty when it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.endswith("kB"))
+    return {name: 1024 * int(value.split()[0]) for name, value in pairs}
+
+
+def compress_command(config: OPTConfig, *, num_middle: int | None = None) -> dict[str, Any]:
+    """Peaks of `gradot compress` on a checkpoint in float16 with random weights.
+
+    Args:
+        config: of the model; its checkpoint is written to a folder that is deleted.
+        num_middle: layers to compress, above the first two; None for all but two and two.
+
+    Returns:
+        Peaks in bytes of what the process held: all, anonymous, and mapped files; of the same
+        command on the bundled model, which is as good as none; seconds; what the target allows:
+        checkpoint, one layer's weights and factors in float32, and the residual stream at the
+        boundaries of the middle; and the shares of it that all memory and the anonymous part
+        are. The system drops pages of a mapped file when it needs them.
+    """
+    split = (2, 2) if num_middle is None else (2, config.num_hidden_layers - 2 - num_middle)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_checkpoint(folder / "model", config)
+        arguments = _arguments(folder, model, split)
+        held = _watch([*arguments, "--out", str(folder / "out")])
+        estimate = _dry_run([*arguments, "--out", str(folder / "dry")])
+        tiny = _bundled_model()
+        libraries = _watch([*_arguments(folder, tiny, (2, 2)), "--out", str(folder / "tiny")])
+        checkpoint = (model / "model.safetensors").stat().st_size
+    middle = config.num_hidden_layers - sum(split)
+    shape = Workload(config=config, length=_LENGTH, batch_size=_SEQUENCES, num_batches=1)
+    layer = 4 * (block_weights(shape) + factor_entries(shape))
+    boundaries = 4 * (middle + 1) * shape.tokens * config.hidden_size
+    allowed = checkpoint + layer + boundaries
+    return {
+        "num_middle": middle,
+        "tokens": shape.tokens,
+        **held,
+        "bundled_model_bytes": libraries["peak_bytes"],
+        "checkpoint_bytes": checkpoint,
+        "layer_bytes": layer,
+        "boundary_bytes": boundaries,
+        "allowed_bytes": allowed,
+        "share": held["peak_bytes"] / allowed,
+        "anonymous_share": held["peak_anonymous_bytes"] / allowed,
+        "estimate": estimate,
+    }
+
+
+def write_checkpoint(folder: Path, config: OPTConfig) -> Path:
+    """Writes a checkpoint in float16 with random weights and the bundled model's tokenizer."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    specs = {name: TensorSpec(shape, "float16") for name, shape in model_schema(config).items()}
+
+    def draw(spec: TensorSpec) -> np.ndarray:
+        return (0.02 * rng.standard_normal(spec.shape, np.float32)).astype(np.float16)
+
+    tensors = ((name, draw(spec)) for name, spec in specs.items())
+    stream_tensors(folder / "model.safetensors", specs, tensors, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    for file in _bundled_model().glob("tokenizer*.json"):
+        copy(file, folder)
+    return folder
+
+
+def _bundled_model() -> Path:
+    from gradot_jax.demo.corpus import bundled_model
+
+    return bundled_model()
+
+
+def _arguments(folder: Path, model: Path, split: tuple[int, int]) -> list[str]:
+    from gradot_jax.demo.corpus import prose_documents
+
+    text = folder / "calibration.txt"
+    text.write_text("\n\n".join(prose_documents())[:20_000])
+    bottom, top = map(str, split)
+    settings = ["--sequence-length", str(_LENGTH), "--num-sequences", str(_SEQUENCES)]
+    settings += ["--batch-size", "1", "--num-bottom", bottom, "--num-top", top]
+    command = [sys.executable, "-m", "gradot_jax.cli.main", "compress", "--model", str(model)]
+    return [*command, "--calibration", str(text), *settings]
+
+
+def _watch(command: list[str], every: float = 0.05) -> dict[str, Any]:
+    """Peaks of what a process holds while it runs."""
+    start = time.perf_counter()
+    peaks = dict.fromkeys(("VmRSS", "RssAnon", "RssFile"), 0)
+    with TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            status = _status(process.pid)
+            peaks = {name: max(value, status.get(name, 0)) for name, value in peaks.items()}
+            time.sleep(every)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"ended with code {process.returncode}: {said.read()[-2000:]}")
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peaks["VmRSS"],
+        "peak_anonymous_bytes": peaks["RssAnon"],
+        "peak_file_bytes": peaks["RssFile"],
+    }
+
+
+def _dry_run(command: list[str]) -> str:
+    """What the command says it would need."""
+    done = subprocess.run([*command, "--dry-run"], cwd=_ROOT, capture_output=True, text=True)
+    done.check_returncode()
+    return done.stdout.strip()
+
+
+def _num_params(config: OPTConfig) -> int:
+    return sum(int(np.prod(shape)) for shape in model_schema(config).values())
+
+
+def main() -> None:
+    """Prints the record, or what one phase holds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="compress the whole middle")
+    parser.add_argument("--held", choices=PHASES, help="print the bytes that a phase holds")
+    options = parser.parse_args()
+    if options.held:
+        print(held_by(PHASES[options.held](SHORT)))
+        return
+    for record in study("cpu", full=options.full):
+        last = record
+    print(json.dumps(last, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from benchmarks import memory
+from benchmarks.floor import Cost
+from benchmarks.harness import Phase
+from benchmarks.workloads import WORKLOADS
+from gradot_jax.models.opt.hf import load_opt
+
+SMOKE = WORKLOADS["cpu"]["smoke"]
+SMALL = dataclasses.replace(SMOKE.config, vocab_size=2048, max_position_embeddings=128)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def test_the_sweep_is_compared_with_a_gradient_and_two_layers_factors():
+    record = memory.compiled_sweep(SMOKE)
+    assert record["layer_factor_bytes"] == 4 * 4_096
+    assert record["allowed_bytes"] == record["gradient_bytes"] + 2 * 4 * 4_096
+    assert record["share"] == record["sweep_bytes"] / record["allowed_bytes"] > 0
+
+
+def test_steps_need_less_memory_the_less_they_train():
+    record = memory.compiled_steps(SMOKE)
+    assert record["step_all"]["memory_reduction"] == 1
+    kinds = ("step_emulator", "step_full", "step_all")
+    assert [record[kind]["bytes"] for kind in kinds] == sorted(
+        record[kind]["bytes"] for kind in kinds
+    )
+
+
+@LINUX
+def test_what_a_run_holds_is_measured_above_what_was_held_before():
+    held = []
+
+    def run():
+        held.append(b"x" * (64 * 2**20 if held else 1))
+
+    phase = Phase(run=run, prepare=tuple, cost=Cost(), batches=0, tokens=0)
+    assert memory.held_by(phase) == pytest.approx(64 * 2**20, rel=0.1)
+
+
+@LINUX
+def test_a_process_is_watched_while_it_runs():
+    code = "import time; block = b'x' * 2**26; time.sleep(0.5)"
+    record = memory._watch([sys.executable, "-c", code])
+    assert record["peak_bytes"] >= record["peak_anonymous_bytes"] > 2**26
+    assert record["seconds"] >= 0.5
+    with pytest.raises(RuntimeError, match="code 3"):
+        memory._watch([sys.executable, "-c", "exit(3)"])
+
+
+def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch):
+    commands = []
+
+    def watch(command):
+        commands.append(command)
+        return {"peak_bytes": 10**6, "peak_anonymous_bytes": 10**5}
+
+    monkeypatch.setattr(memory, "_watch", watch)
+    monkeypatch.setattr(memory, "_LENGTH", 16)
+    record = memory.compress_command(SMALL, num_middle=1)
+    assert [command[3] for command in commands] == ["compress", "compress"]
+    assert record["num_middle"] == 1
+    parts = ("checkpoint_bytes", "layer_bytes", "boundary_bytes")
+    assert record["allowed_bytes"] == sum(record[part] for part in parts)
+    assert record["boundary_bytes"] == 4 * 2 * 4 * 16 * 16
+    # The same command was really asked what it would need.
+    assert "checkpoint" in record["estimate"]
+    json.dumps(record)
+
+
+def test_the_written_checkpoint_is_one_in_float16(tmp_path):
+    folder = memory.write_checkpoint(tmp_path / "model", SMALL)
+    config, params = load_opt(folder, dtype=None)
+    assert config == SMALL
+    assert params.shell.embed_tokens.dtype == "float16"
+    assert (folder / "tokenizer.json").is_file()
