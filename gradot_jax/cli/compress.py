@@ -1,7 +1,9 @@
 """`gradot compress`: the model owner's step."""
 
 import dataclasses
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
@@ -12,6 +14,8 @@ from gradot_jax.compression.options import CompressionOptions
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gradot_jax.nn.batch import Batch
 
 _HELD_OUT = 2
@@ -99,9 +103,7 @@ class Compress(OnHosts):
         from gradot_jax.data.records import read_records
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
         from gradot_jax.models.opt.hf import checkpoint_folder, load_opt
-        from gradot_jax.offsite.compress import run_compression
         from gradot_jax.offsite.estimate import STREAMING
-        from gradot_jax.offsite.fidelity import gradient_fidelity
         from gradot_jax.offsite.split import AdapterSpec
 
         mesh = self.device_mesh()
@@ -118,6 +120,17 @@ class Compress(OnHosts):
         params = original
         if self.options.method not in STREAMING:
             _, params = load_opt(folder, mesh=mesh, dtype=self.dtype)
+        with self._layers() as checkpoints:
+            self._compress(
+                folder, config, original, params, split, text, records, mesh, checkpoints
+            )
+
+    def _compress(
+        self, folder, config, original, params, split, text, records, mesh, checkpoints
+    ) -> None:
+        from gradot_jax.offsite.compress import run_compression
+        from gradot_jax.offsite.fidelity import gradient_fidelity
+
         result = run_compression(
             config,
             params,
@@ -125,7 +138,7 @@ class Compress(OnHosts):
             text.calibration,
             self.options,
             mesh=mesh,
-            checkpoints=self.checkpoints,
+            checkpoints=checkpoints,
             progress=True,
             dtype=self.dtype,
             offload=self.offload,
@@ -230,6 +243,22 @@ class Compress(OnHosts):
             share = count_params(emulator) / count_params(original)
             print(f"{self.out / 'bundle'}: to ship, {share:.1%} of the model's parameters")
             print(f"{self.out / 'owner'}: to keep")
+
+    @contextmanager
+    def _layers(self) -> "Iterator[Path | None]":
+        """Where finished layers are kept: on disk rather than in memory, wherever that is known."""
+        import jax
+
+        from gradot_jax.offsite.estimate import SCORING
+
+        alone = jax.process_count() == 1
+        if self.checkpoints or not alone or self.options.method not in SCORING:
+            yield self.checkpoints
+            return
+        parent = self.out.resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{self.out.name}.", dir=parent) as folder:
+            yield Path(folder)
 
     def _examples(self, tokenizer, config, records):
         from gradot_jax.cli.data import example_length, examples_of

@@ -32,7 +32,6 @@ from gradot_jax.models.opt.params import (
     Block,
     Params,
     Shell,
-    layers_at,
 )
 from gradot_jax.models.opt.partition import factor_sharding
 from gradot_jax.nn.batch import Batch
@@ -42,6 +41,7 @@ from gradot_jax.offsite.layerwise import (
     embed_batches,
     head_cotangents,
     layer_function,
+    place_layer,
     to_memory,
 )
 from gradot_jax.offsite.split import AdapterSpec
@@ -130,7 +130,7 @@ def run_forward(
     for index in track(layers, "calibration forward", enabled=progress):
         if index >= spec.num_bottom:
             boundaries.append(to_memory(hidden, "pinned_host") if offload else hidden)
-        hidden = forward_layer(apply, _layer(params, index, mesh), hidden, streams.mask)
+        hidden = forward_layer(apply, place_layer(params, index, mesh), hidden, streams.mask)
     sampled = fisher == "mc"
     sums = head_cotangents(
         shell,
@@ -145,7 +145,7 @@ def run_forward(
     for index in reversed(range(params.num_layers - spec.num_top, params.num_layers)):
         _, cotangents = sweep_layer(
             apply,
-            _layer(params, index, mesh),
+            place_layer(params, index, mesh),
             None,
             to_memory(boundaries.pop(), "device"),
             streams.mask,
@@ -185,7 +185,7 @@ def sweep_middle(
     cotangents, mesh = forward_pass.cotangents, forward_pass.mesh
     wanted = [i for i in range(len(forward_pass.boundaries)) if i not in finished]
     for layer in reversed(range(min(wanted, default=0), len(forward_pass.boundaries))):
-        block = _layer(params, spec.num_bottom + layer, mesh)
+        block = place_layer(params, spec.num_bottom + layer, mesh)
         taps = None
         if layer in wanted:
             taps = _place_taps(zero_taps(block, with_removals=with_removals), mesh)
@@ -224,7 +224,7 @@ def sweep_inputs(
     apply = layer_function(config)
     hidden, num_tokens = streams.hidden, int(streams.mask.sum())
     for index in range(params.num_layers - spec.num_top):
-        block = _layer(params, index, mesh)
+        block = place_layer(params, index, mesh)
         layer = index - spec.num_bottom
         if layer < 0 or layer in finished:
             hidden = forward_layer(apply, block, hidden, streams.mask)
@@ -278,10 +278,6 @@ def _start(config, params, spec, batches, mesh, dtype) -> tuple[Shell, Streams, 
     dtype = compute_dtype(shell.embed_tokens.dtype, dtype)
     sequences = sum(batch.input_ids.shape[0] for batch in batches)
     return shell, embed_batches(config, shell, batches, dtype, mesh), sequences
-
-
-def _layer(params: Params, index: int, mesh: DeviceMesh | None) -> Block:
-    return place(layers_at(params, [index])[0], mesh)
 
 
 def _place_taps(taps: BlockTaps, mesh: DeviceMesh | None) -> BlockTaps:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from gradot_jax.curvature.sweep import forward_layer, sweep_layer
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Block, Params, layers_at
+from gradot_jax.models.opt.params import Block, Params
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.dtypes import compute_dtype
 from gradot_jax.offsite.emulator import SplitModel, split_model
@@ -25,6 +25,7 @@ from gradot_jax.offsite.layerwise import (
     embed_batches,
     head_cotangents,
     layer_function,
+    place_layer,
 )
 from gradot_jax.offsite.training import place
 from gradot_jax.parallel import DeviceMesh, to_host
@@ -152,7 +153,7 @@ def _forward(
     hidden, boundaries = streams.hidden, []
     for index in range(params.num_layers):
         boundaries.append(hidden)
-        layer = place(layers_at(params, [index])[0], mesh)
+        layer = place_layer(params, index, mesh)
         hidden = forward_layer(layer_function(config), layer, hidden, streams.mask)
     head = head_cotangents(shell, streams._replace(hidden=hidden))
     return _ForwardPass(params, is_adapter, boundaries, streams, head)
@@ -167,7 +168,7 @@ def _adapter_gradients(
     for index in reversed(range(is_adapter.index(True), params.num_layers)):
         sums, cotangents = sweep_layer(
             layer_function(config),
-            place(layers_at(params, [index])[0], mesh),
+            place_layer(params, index, mesh),
             None,
             boundaries.pop(),
             streams.mask,

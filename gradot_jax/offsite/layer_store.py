@@ -4,18 +4,22 @@ A layer is arrays by name and JSON values. In a folder each is a folder of its o
 whole or not at all; beside them lies what the compression was of, so that no other goes on there.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
+import jax
 import numpy as np
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder
+from gradot_jax.files.mapped import map_safetensors, release_pages
 from gradot_jax.files.strict_json import read_json, write_json
-from gradot_jax.files.tensors import iterate_tensors, write_tensors
-from gradot_jax.parallel import is_writer, sync
+from gradot_jax.files.tensors import write_tensors
+from gradot_jax.models.opt.params import Params
+from gradot_jax.parallel import is_writer, sync, to_host
 
 _IDENTITY = "compression.json"
 _ARRAYS = "arrays.safetensors"
@@ -73,7 +77,7 @@ class LayerStore:
         sync(f"layer {layer}")
 
     def load(self, layer: int) -> StoredLayer:
-        """A finished layer.
+        """A finished layer; of one in a folder the arrays are views of its file.
 
         Raises:
             InputError: when its files are damaged.
@@ -81,7 +85,8 @@ class LayerStore:
         if self._folder is None:
             return self._memory[layer]
         path = self._folder / f"{layer:04d}"
-        return StoredLayer(dict(iterate_tensors(path / _ARRAYS)), read_json(path / _VALUES))
+        arrays = {tensor.name: tensor.array for tensor in map_safetensors(path / _ARRAYS)}
+        return StoredLayer(arrays, read_json(path / _VALUES))
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -101,6 +106,19 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(known, identity)
     sync("finished layers claimed")
+
+
+def weights_digest(params: Params) -> str:
+    """SHA-256 over shapes, dtypes and contents of a model's weights."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        array = np.asarray(to_host(leaf))
+        # A transposed view is read as its file has it; turning it round takes far longer.
+        array = array.T if array.flags.f_contiguous else np.ascontiguousarray(array)
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+        release_pages([array])
+    return digest.hexdigest()
 
 
 def pack(name: str, tree: Any) -> dict[str, np.ndarray]:

@@ -10,16 +10,18 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from gradot_jax.curvature.sweep import ApplyLayer, Cotangents
 from gradot_jax.errors import InputError
+from gradot_jax.files.mapped import release_pages
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.forward import apply_block, apply_layer, embed, head_operands
-from gradot_jax.models.opt.params import Shell
+from gradot_jax.models.opt.params import Layer, Params, Shell, layers_at
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.loss import loss_cotangents
-from gradot_jax.offsite.training import place_batch
+from gradot_jax.offsite.training import place, place_batch
 from gradot_jax.parallel import DeviceMesh
 
 
@@ -49,6 +51,16 @@ class HeadSums(NamedTuple):
     loss: float
     count: float
     cotangents: Cotangents
+
+
+def place_layer(params: Params, index: int, mesh: DeviceMesh | None) -> Layer:
+    """One layer of a model on its devices, as it is stored; of a mapped file nothing is kept."""
+    (layer,) = layers_at(params, [index])
+    placed = place(layer, mesh)
+    if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(layer)):
+        jax.block_until_ready(placed)
+        release_pages(jax.tree.leaves(layer))
+    return placed
 
 
 def embed_batches(

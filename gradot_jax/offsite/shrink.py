@@ -31,6 +31,7 @@ from gradot_jax.compression.rank import keep_order
 from gradot_jax.compression.score import combine
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.errors import InputError
+from gradot_jax.files.mapped import release_pages
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.opt.params import ATTENTION_SITES, Block, layers_at
@@ -41,7 +42,7 @@ from gradot_jax.offsite.calibrate import (
     sweep_inputs,
     sweep_middle,
 )
-from gradot_jax.offsite.layer_store import LayerStore, StoredLayer, pack, unpack
+from gradot_jax.offsite.layer_store import LayerStore, StoredLayer, pack, unpack, weights_digest
 from gradot_jax.offsite.method import Outcome, Problem
 from gradot_jax.offsite.names import middle_layer_from_tensors, middle_to_tensors
 from gradot_jax.parallel import put, to_host
@@ -88,6 +89,8 @@ def shrink_layers(problem: Problem, rule_of: Callable[[int], ScoringRule]) -> Ou
             arrays |= middle_to_tensors([block], [plan.shape])
             values["plan"] = layer_values(plan)
         store.save(layer, arrays, values)
+        if isinstance(problem.params.shell.embed_tokens, np.ndarray):
+            release_pages(jax.tree.leaves(_original(problem, layer)))
     terms = [unpack(LayerTerms, "terms", store.load(i).arrays) for i in range(num_layers)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *terms)
     if counts is None:
@@ -114,7 +117,7 @@ def _open_store(problem: Problem) -> LayerStore:
             "options": dataclasses.asdict(problem.options),
             "split": dataclasses.asdict(problem.split),
             "config": dataclasses.asdict(problem.config),
-            "weights": tree_digest(problem.params),
+            "weights": weights_digest(problem.params),
             "calibration text": tree_digest(problem.batches),
             "dtype": str(problem.dtype),
         },

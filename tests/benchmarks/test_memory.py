@@ -11,7 +11,9 @@ from benchmarks.workloads import WORKLOADS
 from gradot_jax.models.opt.hf import load_opt
 
 SMOKE = WORKLOADS["cpu"]["smoke"]
-SMALL = dataclasses.replace(SMOKE.config, vocab_size=2048, max_position_embeddings=128)
+SMALL = dataclasses.replace(
+    SMOKE.config, num_hidden_layers=8, vocab_size=2048, max_position_embeddings=128
+)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -42,33 +44,51 @@ def test_what_a_run_holds_is_measured_above_what_was_held_before():
     assert memory.held_by(phase) == pytest.approx(64 * 2**20, rel=0.1)
 
 
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import time; {code}"]
+
+
 @LINUX
 def test_a_process_is_watched_while_it_runs():
-    code = "import time; block = b'x' * 2**26; time.sleep(0.5)"
-    record = memory._watch([sys.executable, "-c", code])
+    record = memory._watch(_python("block = b'x' * 2**26; time.sleep(0.5)"))
     assert record["peak_bytes"] >= record["peak_anonymous_bytes"] > 2**26
     assert record["seconds"] >= 0.5
     with pytest.raises(RuntimeError, match="code 3"):
-        memory._watch([sys.executable, "-c", "exit(3)"])
+        memory._watch(_python("exit(3)"))
 
 
-def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch):
+@LINUX
+def test_a_process_is_watched_until_it_says_so():
+    said = "layers: 2 of 2"
+    code = f"print('{said}', flush=True); time.sleep(60); block = b'x' * 2**26"
+    record = memory._watch(_python(code), until=said)
+    assert record["seconds"] < 30 and record["peak_bytes"] < 2**26
+    with pytest.raises(RuntimeError, match="code 0"):
+        memory._watch(_python("pass"), until=said)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch, full):
     commands = []
 
-    def watch(command):
+    def watch(command, until=""):
         commands.append(command)
-        return {"peak_bytes": 10**6, "peak_anonymous_bytes": 10**5}
+        held = len(commands) * 10**6
+        return dict.fromkeys(("peak_bytes", "peak_anonymous_bytes", "peak_file_bytes"), held)
 
     monkeypatch.setattr(memory, "_watch", watch)
     monkeypatch.setattr(memory, "_LENGTH", 16)
-    record = memory.compress_command(SMALL, num_middle=1)
-    assert [command[3] for command in commands] == ["compress", "compress"]
-    assert record["num_middle"] == 1
+    record = memory.compress_command(SMALL, full=full)
+    *runs, bundled = commands
+    assert list(record["runs"]) == (["whole"] if full else ["layers", "after"])
+    assert record["peak_bytes"] == 10**6 * len(runs) == record["share"] * record["allowed_bytes"]
+    assert record["bundled_model_bytes"] == 10**6 * len(commands)
+    assert any(part.endswith("tiny_opt") for part in bundled)
     parts = ("checkpoint_bytes", "layer_bytes", "boundary_bytes")
     assert record["allowed_bytes"] == sum(record[part] for part in parts)
-    assert record["boundary_bytes"] == 4 * 2 * 4 * 16 * 16
+    assert record["boundary_bytes"] == 4 * (4 + 1) * 4 * 16 * 16
     # The same command was really asked what it would need.
-    assert "checkpoint" in record["estimate"]
+    assert any("checkpoint" in line for line in record["estimate"])
     json.dumps(record)
 
 

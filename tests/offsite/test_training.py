@@ -23,8 +23,9 @@ def batch():
     return Batch(*map(jnp.asarray, (ids, targets, counted.astype("float32"), real.astype("int32"))))
 
 
-def plain_step(case, batch):
-    """Mean loss from all logits, its gradient, and the adapter after one update."""
+@pytest.fixture(scope="module")
+def plain(case, batch):
+    """Mean loss from all logits, its gradient's norm, and the adapter after one update."""
 
     def mean_loss(adapter):
         params = case.emulator.assemble(adapter)
@@ -32,10 +33,13 @@ def plain_step(case, batch):
         nats = -token_log_likelihood(logits, batch.targets) * batch.loss_mask
         return nats.sum() / batch.loss_mask.sum()
 
-    adapter = case.emulator.adapter
-    loss, gradient = jax.value_and_grad(mean_loss)(adapter)
-    updates, _ = OPTIMIZER.update(gradient, OPTIMIZER.init(adapter), adapter)
-    return loss, optax.tree.norm(gradient), optax.apply_updates(adapter, updates)
+    @jax.jit
+    def step(adapter):
+        loss, gradient = jax.value_and_grad(mean_loss)(adapter)
+        updates, _ = OPTIMIZER.update(gradient, OPTIMIZER.init(adapter), adapter)
+        return loss, optax.tree.norm(gradient), optax.apply_updates(adapter, updates)
+
+    return step(case.emulator.adapter)
 
 
 def without_key_biases(adapter):
@@ -48,8 +52,10 @@ def without_key_biases(adapter):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(case, batch, remat, assert_close):
-    loss, norm, adapter = plain_step(case, batch)
+def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(
+    case, batch, plain, remat, assert_close
+):
+    loss, norm, adapter = plain
     frozen, state = init_training(case.emulator, OPTIMIZER)
     state, metrics = train_step(case.config, OPTIMIZER, state, frozen, batch, remat=remat)
     assert_close((metrics.loss, metrics.gradient_norm), (loss, norm), "float32_model")
@@ -57,11 +63,11 @@ def test_a_step_is_one_update_by_the_gradient_of_the_mean_loss(case, batch, rema
     assert_close(got, expected, "float32_model")
 
 
-def test_evaluation_sums_what_a_step_averages(case, batch, assert_close):
+def test_evaluation_sums_what_a_step_averages(case, batch, plain, assert_close):
     frozen, state = init_training(case.emulator, OPTIMIZER)
     total, count = evaluation_step(case.config, state.adapter, frozen, batch)
     assert count == batch.loss_mask.sum()
-    assert_close(total / count, plain_step(case, batch)[0], "float32_model")
+    assert_close(total / count, plain[0], "float32_model")
 
 
 def test_a_step_keeps_less_than_the_scores_of_its_layers(make_case):
