@@ -4,8 +4,8 @@ Three questions. Does the sweep need no more than one gradient with recomputatio
 of two layers: as XLA lays the programs out, for the calibration's own text, and as a process
 holds, for a short one? How much does a step need, of the adapter in the emulator, in the full
 model, and of all weights, as XLA lays it out? And how much does `gradot compress` hold of a
-checkpoint in float16: of the whole command, on random weights, with a short middle, since what
-it holds does not depend on how many layers it has compressed already?
+checkpoint in float16? What it holds does not depend on how many layers it has done already, so
+that two of them do, and what comes after them.
 
     python -m benchmarks.memory --full    # all middle layers; many minutes
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copy
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import jax.numpy as jnp
@@ -47,13 +47,19 @@ TUNING = dataclasses.replace(CALIBRATION, length=512, batch_size=1, remat=False)
 _SEQUENCES, _LENGTH = 4, 128
 """Of the command's calibration."""
 
+_PEAKS = {
+    "VmRSS": "peak_bytes",
+    "RssAnon": "peak_anonymous_bytes",
+    "RssFile": "peak_file_bytes",
+}
+
 
 def study(suite: Suite, *, full: bool = False) -> Iterator[dict[str, Any]]:
     """The growing record.
 
     Args:
         suite: must be `cpu`.
-        full: compress the whole middle instead of two layers.
+        full: run `gradot compress` to its end, with all middle layers.
     """
     del suite
     record: dict[str, Any] = {"complete": False}
@@ -63,7 +69,7 @@ def study(suite: Suite, *, full: bool = False) -> Iterator[dict[str, Any]]:
     yield record
     record["tuning"] = compiled_steps(TUNING)
     yield record
-    record["compress"] = compress_command(OPT_1_3B, num_middle=None if full else 2)
+    record["compress"] = compress_command(OPT_1_3B, full=full)
     yield record | {"complete": True}
 
 
@@ -153,48 +159,56 @@ def _status(process: str | int) -> dict[str, int]:
     return {name: 1024 * int(value.split()[0]) for name, value in pairs}
 
 
-def compress_command(config: OPTConfig, *, num_middle: int | None = None) -> dict[str, Any]:
+def compress_command(config: OPTConfig, *, full: bool = False) -> dict[str, Any]:
     """Peaks of `gradot compress` on a checkpoint in float16 with random weights.
 
     Args:
         config: of the model; its checkpoint is written to a folder that is deleted.
-        num_middle: layers to compress, above the first two; None for all but two and two.
+        full: run the command to its end. Else its two halves are: with all blocks but two in the
+            adapter, up to the end of the last layer; and with a method that decomposes nothing
+            and ships as much, all that comes after the layers.
 
     Returns:
-        Peaks in bytes of what the process held: all, anonymous, and mapped files; of the same
-        command on the bundled model, which is as good as none; seconds; what the target allows:
-        checkpoint, one layer's weights and factors in float32, and the residual stream at the
-        boundaries of the middle; and the shares of it that all memory and the anonymous part
-        are. The system drops pages of a mapped file when it needs them.
+        `runs` by name, each with seconds and the peaks in bytes of what the process held: all,
+        anonymous, and mapped files; the largest of those peaks; that of the same command on the
+        bundled model, which is as good as none; what the target allows: checkpoint, one layer's
+        weights and factors in float32, and the residual stream at the boundaries of the middle;
+        the shares of it that all memory and the anonymous part are (the system drops pages of a
+        mapped file when it needs them); and what the command's `--dry-run` says.
     """
-    split = (2, 2) if num_middle is None else (2, config.num_hidden_layers - 2 - num_middle)
     with TemporaryDirectory() as name:
         folder = Path(name)
         model = write_checkpoint(folder / "model", config)
-        arguments = _arguments(folder, model, split)
-        held = _watch([*arguments, "--out", str(folder / "out")])
-        estimate = _dry_run([*arguments, "--out", str(folder / "dry")])
-        tiny = _bundled_model()
-        libraries = _watch([*_arguments(folder, tiny, (2, 2)), "--out", str(folder / "tiny")])
+        whole = _arguments(folder, model, (2, 2))
+        runs = {"whole": _watch(whole)} if full else _halves(config, folder, model)
+        said = subprocess.run([*whole, "--dry-run"], cwd=_ROOT, capture_output=True, text=True)
+        said.check_returncode()
+        bundled = _watch(_arguments(folder, _bundled_model(), (2, 2)))
         checkpoint = (model / "model.safetensors").stat().st_size
-    middle = config.num_hidden_layers - sum(split)
     shape = Workload(config=config, length=_LENGTH, batch_size=_SEQUENCES, num_batches=1)
     layer = 4 * (block_weights(shape) + factor_entries(shape))
-    boundaries = 4 * (middle + 1) * shape.tokens * config.hidden_size
+    boundaries = 4 * (shape.num_middle + 1) * shape.tokens * config.hidden_size
     allowed = checkpoint + layer + boundaries
+    peaks = {kind: max(run[kind] for run in runs.values()) for kind in _PEAKS.values()}
     return {
-        "num_middle": middle,
         "tokens": shape.tokens,
-        **held,
-        "bundled_model_bytes": libraries["peak_bytes"],
+        "runs": runs,
+        **peaks,
+        "bundled_model_bytes": bundled["peak_bytes"],
         "checkpoint_bytes": checkpoint,
         "layer_bytes": layer,
         "boundary_bytes": boundaries,
         "allowed_bytes": allowed,
-        "share": held["peak_bytes"] / allowed,
-        "anonymous_share": held["peak_anonymous_bytes"] / allowed,
-        "estimate": estimate,
+        "share": peaks["peak_bytes"] / allowed,
+        "anonymous_share": peaks["peak_anonymous_bytes"] / allowed,
+        "estimate": said.stdout.strip().splitlines(),
     }
+
+
+def _halves(config: OPTConfig, folder: Path, model: Path) -> dict[str, Any]:
+    short = _arguments(folder, model, (2, config.num_hidden_layers - 4))
+    after = [*_arguments(folder, model, (2, 2)), "--method", "layer-drop"]
+    return {"layers": _watch(short, until="layers: 2 of 2"), "after": _watch(after)}
 
 
 def write_checkpoint(folder: Path, config: OPTConfig) -> Path:
@@ -228,36 +242,33 @@ def _arguments(folder: Path, model: Path, split: tuple[int, int]) -> list[str]:
     bottom, top = map(str, split)
     settings = ["--sequence-length", str(_LENGTH), "--num-sequences", str(_SEQUENCES)]
     settings += ["--batch-size", "1", "--num-bottom", bottom, "--num-top", top]
+    settings += ["--out", str(folder / "out"), "--overwrite"]
     command = [sys.executable, "-m", "gradot_jax.cli.main", "compress", "--model", str(model)]
     return [*command, "--calibration", str(text), *settings]
 
 
-def _watch(command: list[str], every: float = 0.05) -> dict[str, Any]:
-    """Peaks of what a process holds while it runs."""
+def _watch(command: list[str], *, until: str = "", every: float = 0.05) -> dict[str, Any]:
+    """Peaks of what a process holds while it runs, or until it says something."""
+    peaks = dict.fromkeys(_PEAKS, 0)
     start = time.perf_counter()
-    peaks = dict.fromkeys(("VmRSS", "RssAnon", "RssFile"), 0)
-    with TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=subprocess.STDOUT)
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as said:
+            process = subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=said)
         while process.poll() is None:
             status = _status(process.pid)
             peaks = {name: max(value, status.get(name, 0)) for name, value in peaks.items()}
+            if until and until in log.read_text():
+                process.kill()
+                process.wait()
+                break
             time.sleep(every)
-        if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"ended with code {process.returncode}: {said.read()[-2000:]}")
-    return {
-        "seconds": time.perf_counter() - start,
-        "peak_bytes": peaks["VmRSS"],
-        "peak_anonymous_bytes": peaks["RssAnon"],
-        "peak_file_bytes": peaks["RssFile"],
-    }
-
-
-def _dry_run(command: list[str]) -> str:
-    """What the command says it would need."""
-    done = subprocess.run([*command, "--dry-run"], cwd=_ROOT, capture_output=True, text=True)
-    done.check_returncode()
-    return done.stdout.strip()
+        else:
+            if process.returncode or until:
+                end = log.read_text()[-2000:]
+                raise RuntimeError(f"ended with code {process.returncode}: {end}")
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, **{_PEAKS[name]: value for name, value in peaks.items()}}
 
 
 def _num_params(config: OPTConfig) -> int:
@@ -267,7 +278,7 @@ def _num_params(config: OPTConfig) -> int:
 def main() -> None:
     """Prints the record, or what one phase holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="compress the whole middle")
+    parser.add_argument("--full", action="store_true", help="run `gradot compress` to its end")
     parser.add_argument("--held", choices=PHASES, help="print the bytes that a phase holds")
     options = parser.parse_args()
     if options.held:

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 MAX_LOGITS = 2**25
 """Logits, in float32, that may be there at once."""
 
+_MAX_LOGITS_CPU = 2**21
+"""The same on CPU, whose caches hold no more."""
+
 
 class LossCotangents(NamedTuple):
     """The loss of a batch and its derivatives.
@@ -114,7 +117,8 @@ def loss_cotangents(
     chex.assert_shape(kernel, (width, None))
     chex.assert_shape([targets, weights], (batch, length))
     # Sequences are cut, not the batch, whose rows may lie on several devices.
-    pieces = min(math.ceil(batch * length * kernel.shape[1] / MAX_LOGITS), length)
+    most = _MAX_LOGITS_CPU if jax.default_backend() == "cpu" else MAX_LOGITS
+    pieces = min(math.ceil(batch * length * kernel.shape[1] / most), length)
     size = math.ceil(length / pieces)
 
     def cut(x: jax.Array) -> jax.Array:

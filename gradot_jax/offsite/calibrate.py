@@ -198,9 +198,10 @@ def sweep_middle(
             cotangents,
             with_gradient=with_gradient and layer in wanted,
         )
-        del block, taps
-        if layer in wanted:
-            yield layer, _site_factors(sums, forward_pass.num_tokens)
+        factors = _site_factors(sums, forward_pass.num_tokens) if layer in wanted else None
+        del block, taps, sums
+        if factors is not None:
+            yield layer, factors
 
 
 def sweep_inputs(

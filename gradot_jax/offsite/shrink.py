@@ -79,6 +79,9 @@ def shrink_layers(problem: Problem, rule_of: Callable[[int], ScoringRule]) -> Ou
     remaining = num_layers - len(finished)
     for layer, sites in track(sweep, "layers", total=remaining, enabled=problem.progress):
         candidate = _propose(problem, layer, sites, rule_of(layer), ahead)
+        if sites is not None:
+            # Whoever still holds the dictionary must not hold the factors while the next are made.
+            sites.clear()
         arrays, values = pack("terms", candidate.terms), {"calibration": calibration}
         if counts is None:
             arrays |= pack("decomposition", candidate.decomposition)
@@ -89,6 +92,7 @@ def shrink_layers(problem: Problem, rule_of: Callable[[int], ScoringRule]) -> Ou
             arrays |= middle_to_tensors([block], [plan.shape])
             values["plan"] = layer_values(plan)
         store.save(layer, arrays, values)
+        del candidate, arrays
         if isinstance(problem.params.shell.embed_tokens, np.ndarray):
             release_pages(jax.tree.leaves(_original(problem, layer)))
     terms = [unpack(LayerTerms, "terms", store.load(i).arrays) for i in range(num_layers)]
