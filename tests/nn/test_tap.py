@@ -109,7 +109,7 @@ def test_vmap_keeps_examples_apart(assert_close):
     taps = each(X, G)
     for i in range(2):
         inputs, outputs = moments(X[i], G[i], np.ones(5))
-        (second, first), gram = whole(jax.tree.map(lambda leaf: leaf[i], taps))
+        (second, first), gram = whole(jax.tree.map(lambda leaf, i=i: leaf[i], taps))
         assert_close(((second, first), gram), (inputs, outputs), "float32")
 
 

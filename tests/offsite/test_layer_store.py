@@ -48,7 +48,7 @@ def test_a_damaged_layer_is_refused(tmp_path):
     store.save(0, ARRAYS, {})
     file = tmp_path / "0000" / "arrays.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(InputError, match="arrays.safetensors"):
+    with pytest.raises(InputError, match=r"arrays\.safetensors"):
         store.load(0)
 
 

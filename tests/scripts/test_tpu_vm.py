@@ -84,7 +84,8 @@ def test_mount_is_the_same_on_every_worker_and_done_once():
     assert "--worker=all" in program
     assert command_of(program) == (
         "mkdir -p /tmp/shared && "
-        "{ mountpoint -q /tmp/shared || gcsfuse --implicit-dirs --rename-dir-limit=1000 bucket /tmp/shared; }"
+        "{ mountpoint -q /tmp/shared || "
+        "gcsfuse --implicit-dirs --rename-dir-limit=1000 bucket /tmp/shared; }"
     )
 
 
