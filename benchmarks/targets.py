@@ -70,7 +70,7 @@ TARGETS = (
         device="opt-125m.totals.calibration.over_floor",
         limit=1.25,
         reason="the floor leaves out what is no product: softmax, norms, rectifiers, the head's "
-        "softmax over 50,272 tokens, copies in loops; and the block rows of a factor of width 3,072 "
+        "softmax over 50,272 tokens, copies in loops; and block rows of a factor of width 3,072 "
         "run at about two thirds of the rate of a square product, on which the floor rests",
     ),
     Target(
