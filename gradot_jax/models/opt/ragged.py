@@ -4,11 +4,11 @@ Every stack is one scan, to be compiled once; filled up with zeros to the larges
 of different sizes share a stack and compute the same. Padding exists in memory only.
 
 Zeros are paid for in each step, a compilation once or, from a cache, never. By
-`benchmarks.ragged`, on a CPU: a loop takes as long to compile as five to eight layers that stand
-alone, so that a few loops for a middle of 12 or 24 layers are no faster to compile than all its
-layers. One loop is, by 0.1 to 3.5 s, but to the sizes that global allocation chooses it adds 50
-to 110 % of zeros and a fifth to two fifths of the time of a step: repaid within a hundred steps.
-Rounding sizes up to multiples of 32, 64 or 128 makes few neighbours equal, and they add 8 to 90 %.
+`benchmarks.ragged`, for the sizes that global allocation chooses, on a CPU: the twelve or twenty-
+four different layers of a middle, each by itself, compile about as fast as in a few loops, a loop
+being as dear as several layers; all in one loop compile in 0.1 to 0.8 s less and, with 40 to 110 %
+of zeros, run a quarter to a half longer. That is repaid within tens of steps. So `WASTE` is zero;
+sizes rounded up to multiples of 32 or 64 leave most layers different, and of 128 cost as much.
 """
 
 import math
