@@ -8,7 +8,7 @@ Zeros are paid for in each step, a compilation once or, from a cache, never. By
 four different layers of a middle, each by itself, compile about as fast as in a few loops, a loop
 being as dear as several layers; all in one loop compile in 0.1 to 0.8 s less and, with 40 to 110 %
 of zeros, run a quarter to a half longer. That is repaid within tens of steps. So `WASTE` is zero;
-sizes rounded up to multiples of 32 or 64 leave most layers different, and of 128 cost as much.
+sizes rounded up to multiples of 32 or 64 leave most layers different, and of 128 cost a seventh to a third.
 """
 
 import math
