@@ -3,11 +3,12 @@
 from typing import Any
 
 from benchmarks.floor import Cost, floor_seconds
+from benchmarks.harness import program_bytes
+from benchmarks.workloads import STEPS
 
 UNIT = "gradient"
-CALIBRATION = ("calibration_forward", "factor_sweep")
-_COMPRESSION = (*CALIBRATION, "decomposition", "selection")
-_STEPS = ("step_emulator", "step_full", "step_all")
+_CALIBRATION = ("calibration_forward", "factor_sweep")
+_COMPRESSION = (*_CALIBRATION, "decomposition", "selection")
 
 Record = dict[str, Any]
 
@@ -16,9 +17,9 @@ def derive(phases: dict[str, Record], rates: dict[str, float]) -> dict[str, Reco
     """Adds to each phase its time in gradients, its speed, and its fraction of the floor.
 
     Args:
-        phases: records of `harness.measure`, `gradient` among them; those with `failed` stay as
-            they are.
-        rates: see `rates.measure_rates`.
+        phases: records of `harness.measure_phase`, `gradient` among them; those with `failed`
+            stay as they are.
+        rates: see `harness.measure_rates`.
 
     Returns:
         The records with `gradients`, the time that all of a compression's runs of the phase take
@@ -27,7 +28,7 @@ def derive(phases: dict[str, Record], rates: dict[str, float]) -> dict[str, Reco
         `symmetric_floor_seconds`, and the fractions that they are of the median; and
         `utilisation`, the share of the published peak, None where there is none.
     """
-    unit = phases[UNIT].get("median_seconds")
+    unit, peak = phases[UNIT].get("median_seconds"), rates.get("peak_flops_per_second")
 
     def derived(record: Record) -> Record:
         if "failed" in record:
@@ -35,7 +36,6 @@ def derive(phases: dict[str, Record], rates: dict[str, float]) -> dict[str, Reco
         seconds, cost = record["median_seconds"], Cost(**record["cost"])
         floor, symmetric = (floor_seconds(cost, rates, symmetric=half) for half in (False, True))
         whole = seconds * record["times"] / max(record["batches"], 1)
-        peak = rates.get("peak_flops_per_second")
         return record | {
             "gradients": None if unit is None else whole / unit,
             "tokens_per_second": record["tokens"] / seconds if record["tokens"] else None,
@@ -59,35 +59,28 @@ def totals(phases: dict[str, Record]) -> Record:
     """
     phases = {name: record for name, record in phases.items() if "failed" not in record}
     result: Record = {}
-    if phases.keys() >= set(CALIBRATION):
-        result["calibration"] = _calibration([phases[name] for name in CALIBRATION])
+    if phases.keys() >= set(_CALIBRATION):
+        seconds, floor, symmetric = (
+            sum(_whole(phases[name], key) for name in _CALIBRATION)
+            for key in ("median_seconds", "floor_seconds", "symmetric_floor_seconds")
+        )
+        over = {"over_floor": seconds / floor, "over_symmetric_floor": seconds / symmetric}
+        result["calibration"] = {"seconds": seconds, **over}
     if phases.keys() >= set(_COMPRESSION):
         parts = {name: _whole(phases[name], "median_seconds") for name in _COMPRESSION}
         share = parts["decomposition"] / sum(parts.values())
         result["compression"] = {"parts_seconds": sum(parts.values()), "decomposition": share}
-    if phases.keys() & set(_STEPS):
-        result["tuning"] = {name: _step(phases, name) for name in _STEPS if name in phases}
+    if phases.keys() & set(STEPS):
+        every = phases.get("step_all")
+        result["tuning"] = {name: _step(phases[name], every) for name in STEPS if name in phases}
     return result
 
 
-def _calibration(parts: list[Record]) -> Record:
-    seconds, floor, symmetric = (
-        sum(_whole(record, name) for record in parts)
-        for name in ("median_seconds", "floor_seconds", "symmetric_floor_seconds")
-    )
-    return {
-        "seconds": seconds,
-        "over_floor": seconds / floor,
-        "over_symmetric_floor": seconds / symmetric,
-    }
+def _whole(record: Record, key: str) -> float:
+    return record[key] * record["times"]
 
 
-def _whole(record: Record, name: str) -> float:
-    return record[name] * record["times"]
-
-
-def _step(phases: dict[str, Record], name: str) -> Record:
-    record, every = phases[name], phases.get("step_all")
+def _step(record: Record, every: Record | None) -> Record:
     step = {
         "tokens_per_second": record["tokens_per_second"],
         "program_bytes": program_bytes(record["program"]),
@@ -99,9 +92,3 @@ def _step(phases: dict[str, Record], name: str) -> Record:
         # The peak of an accelerator is that of all phases so far.
         step["peak_reduction"] = every["peak_bytes"] / record["peak_bytes"]
     return step
-
-
-def program_bytes(program: Record) -> int:
-    """Bytes that a program needs: arguments, results that lie nowhere in them, temporaries."""
-    names = ("argument_bytes", "output_bytes", "temp_bytes")
-    return sum(program[name] or 0 for name in names) - (program["alias_bytes"] or 0)

@@ -6,7 +6,7 @@ FLOPs count matrix products only, without recomputation that the method does not
 ones are those that the method does in float32 at the highest precision whatever the dtype of the
 rest: Kronecker factors, decompositions, scores. Bytes count each array that a program must take
 in or hand out once; what lies between may stay in cache, and biases and norms are left out. The
-rates are measured in the same run (`rates.py`).
+rates are measured in the same run (`harness.measure_rates`).
 
 With N = B T tokens in a batch, S batches, L blocks of which M are the middle, P the top adapter
 and A the adapter, W = 4 D^2 + 2 D F weights in a block, E its entries of factors, and c bytes a

@@ -1,22 +1,30 @@
-"""The one way in which anything is timed.
+"""The one way in which anything is timed, and the rates of the machine.
 
-Lowering, compiling and running are timed apart, the first run is left out, and a run ends when
-its results are there. On CPU memory is that of the process, so each phase is measured in its own;
-an accelerator's own peak is read before and after.
+Lowering, compiling and running are timed one by one, the first run is left out, and a run ends
+when its results are there. On CPU memory is that of the process, so each phase is measured in its
+own; an accelerator's own peak is read before and after.
 """
 
 import dataclasses
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.floor import Cost
 from benchmarks.workloads import Workload
+from gradot_jax.memory.process import peak_device_bytes, peak_rss_bytes
+
+ROOT = Path(__file__).parents[1]
+"""Where commands are run, so that Python finds both packages."""
 
 Prepare = Callable[[], tuple[Any, ...]]
 Advance = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
@@ -26,6 +34,21 @@ _MAX_RUNS = 50
 _ENOUGH_SECONDS = 1.0
 _PATIENCE_SECONDS = 40.0
 """After these a phase is not run again, were it only once besides the first time."""
+
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bfloat16 FLOPs per second by device kind, from the makers' data sheets."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,21 +69,18 @@ class Phase:
     """
 
     run: Callable[..., Any]
-    prepare: Prepare
+    prepare: Prepare = tuple
     advance: Advance | None = None
     program: Callable[[], jax.stages.Lowered] | None = None
     cost: Cost
-    batches: int
-    tokens: int
+    batches: int = 0
+    tokens: int = 0
     times: float = 1
 
 
-def text_phase(
-    workload: Workload, cost: Cost, batches: int, run, prepare: Prepare, **more: Any
-) -> Phase:
-    """A phase that reads some batches of a workload's text; `more` are fields of `Phase`."""
-    tokens = batches * workload.tokens
-    return Phase(run=run, prepare=prepare, cost=cost, batches=batches, tokens=tokens, **more)
+def text_phase(workload: Workload, batches: int, **fields: Any) -> Phase:
+    """A phase that reads some batches of a workload's text; `fields` are the others of `Phase`."""
+    return Phase(batches=batches, tokens=batches * workload.tokens, **fields)
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -71,7 +91,7 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def run_times(
-    run: Callable[..., Any], prepare: Prepare, advance: Advance | None = None
+    run: Callable[..., Any], prepare: Prepare = tuple, advance: Advance | None = None
 ) -> list[float]:
     """Seconds of a first run, which warms up, and of `MIN_RUNS` more.
 
@@ -94,7 +114,17 @@ def _goes_on(seconds: list[float]) -> bool:
     return sum(seconds) < _ENOUGH_SECONDS and len(seconds) < _MAX_RUNS
 
 
-def measure(phase: Phase) -> dict[str, Any]:
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """What to report of `run_times`: all but the first run."""
+    _, *others = seconds
+    return {
+        "runs": len(others),
+        "min_seconds": min(others),
+        "median_seconds": statistics.median(others),
+    }
+
+
+def measure_phase(phase: Phase) -> dict[str, Any]:
     """Seconds, bytes and FLOPs of a phase.
 
     Returns:
@@ -104,62 +134,116 @@ def measure(phase: Phase) -> dict[str, Any]:
         the compiled program; and what the phase says of itself.
     """
     before = peak_bytes()
-    if isinstance(phase.run, jax.stages.Wrapped):
-        record, compiled = _measure_program(phase)
-    else:
-        record, compiled = _measure_function(phase), None
-    record |= {"peak_bytes": peak_bytes(), "before_bytes": before}
-    if compiled is None and phase.program is not None:
-        compiled = phase.program().compile()
-    return record | {
-        "program": None if compiled is None else analysis(compiled),
+    run, lowering, compiling, program = phase.run, None, None, None
+    if isinstance(run, jax.stages.Wrapped):
+        lowering, lowered = timed(run.lower, *phase.prepare())
+        compiling, program = timed(lowered.compile)
+        run = program
+    seconds = run_times(run, phase.prepare, phase.advance)
+    found = summary(seconds)
+    if compiling is None:
+        compiling = max(seconds[0] - found["median_seconds"], 0.0)
+    peak = peak_bytes()
+    # Only now: what compiling takes is no part of the peak of what does not compile it.
+    if program is None and phase.program is not None:
+        program = phase.program().compile()
+    return {
+        "lower_seconds": lowering,
+        "compile_seconds": compiling,
+        **found,
+        "peak_bytes": peak,
+        "before_bytes": before,
+        "program": None if program is None else analysis(program),
         **{name: getattr(phase, name) for name in ("batches", "tokens", "times")},
         "cost": dataclasses.asdict(phase.cost),
-    }
-
-
-def _measure_program(phase: Phase) -> tuple[dict[str, Any], jax.stages.Compiled]:
-    arguments = phase.prepare()
-    lowering, lowered = timed(phase.run.lower, *arguments)
-    compiling, compiled = timed(lowered.compile)
-    _, *times = run_times(compiled, phase.prepare, phase.advance)
-    return {"lower_seconds": lowering, "compile_seconds": compiling, **_summary(times)}, compiled
-
-
-def _measure_function(phase: Phase) -> dict[str, Any]:
-    first, *times = run_times(phase.run, phase.prepare, phase.advance)
-    summary = _summary(times)
-    compiling = max(first - summary["median_seconds"], 0.0)
-    return {"lower_seconds": None, "compile_seconds": compiling, **summary}
-
-
-def _summary(seconds: list[float]) -> dict[str, Any]:
-    return {
-        "runs": len(seconds),
-        "min_seconds": min(seconds),
-        "median_seconds": statistics.median(seconds),
     }
 
 
 def analysis(compiled: jax.stages.Compiled) -> dict[str, Any]:
     """What XLA says of a program: bytes of temporaries, outputs and arguments, and FLOPs."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    return {
-        "temp_bytes": getattr(memory, "temp_size_in_bytes", None),
-        "output_bytes": getattr(memory, "output_size_in_bytes", None),
-        "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
-        "alias_bytes": getattr(memory, "alias_size_in_bytes", None),
-        "flops": cost.get("flops"),
-    }
+    kinds = ("temp", "output", "argument", "alias")
+    sizes = {f"{kind}_bytes": getattr(memory, f"{kind}_size_in_bytes", None) for kind in kinds}
+    return {**sizes, "flops": cost.get("flops")}
+
+
+def program_bytes(program: dict[str, Any]) -> int:
+    """Bytes that a program needs: arguments, results that lie nowhere in them, temporaries.
+
+    Args:
+        program: the `analysis` of it.
+    """
+    names = ("argument_bytes", "output_bytes", "temp_bytes")
+    return sum(program[name] or 0 for name in names) - (program["alias_bytes"] or 0)
 
 
 def peak_bytes() -> int:
     """The most memory held so far: by this process on CPU, on the accelerator elsewhere."""
-    held = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    held = peak_device_bytes()
     return peak_rss_bytes() if held is None else held
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def new_process(start: Callable[..., Any] | None = None, *args: Any) -> ProcessPoolExecutor:
+    """An executor of one process of its own, for what is fixed or first once for a process.
+
+    Args:
+        start: called there before anything else.
+        *args: of `start`.
+    """
+    return ProcessPoolExecutor(1, get_context("spawn"), start, args)
+
+
+def measure_rates(workload: Workload) -> dict[str, Any]:
+    """Rates of the default device for the products of a workload.
+
+    Returns:
+        `flops_per_second` of products in the workload's dtype, `exact_flops_per_second` of those
+        in float32 at the highest precision, each the best of `products` and `exact_products`, by
+        `n x k x m`; `bytes_per_second`, read plus written; `peak_flops_per_second` as published
+        for bfloat16, None where unknown or another dtype.
+    """
+    dtype = jnp.dtype(workload.dtype).name
+    half = dtype != "float32"
+    exact = _product_rates(workload, "float32", highest=True)
+    products = _product_rates(workload, dtype) if half else exact
+    return {
+        "flops_per_second": max(products.values()),
+        "exact_flops_per_second": max(exact.values()),
+        "bytes_per_second": copy_rate(),
+        "peak_flops_per_second": PEAK_FLOPS.get(jax.devices()[0].device_kind) if half else None,
+        "products": products,
+        "exact_products": exact,
+    }
+
+
+def product_shapes(workload: Workload) -> list[tuple[int, int, int]]:
+    """`(n, k, m)` of the workload's largest products, and a square that suits any machine."""
+    width, ffn, tokens = workload.config.hidden_size, workload.config.ffn_dim, workload.tokens
+    square = 2048 if jax.default_backend() == "cpu" else 8192
+    return [(square, square, square), (tokens, width, ffn), (ffn, tokens, ffn)]
+
+
+def _product_rates(workload: Workload, dtype: str, *, highest: bool = False) -> dict[str, float]:
+    return {
+        " x ".join(map(str, shape)): product_rate(shape, dtype, highest=highest)
+        for shape in product_shapes(workload)
+    }
+
+
+@cache
+def product_rate(shape: tuple[int, int, int], dtype: str, *, highest: bool = False) -> float:
+    """FLOPs per second of a product `[n, k] x [k, m]`, at its best; measured once."""
+    n, k, m = shape
+    rng = np.random.default_rng(0)
+    left, right = (jnp.asarray(rng.random(s, np.float32), dtype) for s in ((n, k), (k, m)))
+    precision = jax.lax.Precision.HIGHEST if highest else None
+    multiply = jax.jit(partial(jnp.dot, precision=precision))
+    return 2 * n * k * m / min(run_times(multiply, lambda: (left, right)))
+
+
+@cache
+def copy_rate(size: int = 2**26) -> float:
+    """Bytes per second, read plus written, of scaling a float32 array of `size` entries."""
+    array = jnp.ones(size, jnp.float32)
+    # A plain copy is one thread's memcpy, slower than what a fused loop reaches.
+    return 2 * 4 * size / min(run_times(jax.jit(lambda x: 2 * x), lambda: (array,)))

@@ -6,11 +6,8 @@ holds, for a short one? How much does a step need, of the adapter in the emulato
 model, and of all weights, as XLA lays it out? And how much does `gradot compress` hold of a
 checkpoint in float16? What it holds does not depend on how many layers it has done already, so
 that two of them do, and what comes after them.
-
-    python -m benchmarks.memory --full    # all middle layers; many minutes
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -21,22 +18,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from shutil import copy
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.derive import program_bytes
 from benchmarks.floor import block_weights, factor_entries
-from benchmarks.harness import Phase, analysis, timed
-from benchmarks.phases import PHASES, lower_sweep
-from benchmarks.steps import Step, lower_gradient, lower_step
-from benchmarks.workloads import OPT_1_3B, Suite, Workload
-from gradot_jax.files.tensors import TensorSpec, stream_tensors
+from benchmarks.harness import ROOT, Phase, analysis, new_process, program_bytes, timed
+from benchmarks.phases import PHASES, lower_gradient, lower_step, lower_sweep
+from benchmarks.workloads import OPT_1_3B, STEPS, Suite, Workload
+from gradot_jax.demo.corpus import bundled_model, prose_documents
+from gradot_jax.files.safetensors import TensorSpec, stream_tensors
+from gradot_jax.memory.process import (
+    peak_resident_bytes,
+    process_memory,
+    reset_peak,
+    resident_bytes,
+)
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.names import model_schema
-
-_ROOT = Path(__file__).parents[1]
+from gradot_jax.models.params import count_params
+from gradot_jax.models.tensors import model_schema
 
 CALIBRATION = Workload(
     config=OPT_1_3B, length=2048, batch_size=8, num_batches=1, remat=True, num_swept=2
@@ -47,20 +48,11 @@ TUNING = dataclasses.replace(CALIBRATION, length=512, batch_size=1, remat=False)
 _SEQUENCES, _LENGTH = 4, 128
 """Of the command's calibration."""
 
-_PEAKS = {
-    "VmRSS": "peak_bytes",
-    "RssAnon": "peak_anonymous_bytes",
-    "RssFile": "peak_file_bytes",
-}
+_PEAKS = {"VmRSS": "peak_bytes", "RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
 
 
-def study(suite: Suite, *, full: bool = False) -> Iterator[dict[str, Any]]:
-    """The growing record.
-
-    Args:
-        suite: must be `cpu`.
-        full: run `gradot compress` to its end, with all middle layers.
-    """
+def study(suite: Suite) -> Iterator[dict[str, Any]]:
+    """The growing record, of the CPU suite alone."""
     del suite
     record: dict[str, Any] = {"complete": False}
     record["sweep_compiled"] = compiled_sweep(CALIBRATION)
@@ -69,8 +61,14 @@ def study(suite: Suite, *, full: bool = False) -> Iterator[dict[str, Any]]:
     yield record
     record["tuning"] = compiled_steps(TUNING)
     yield record
-    record["compress"] = compress_command(OPT_1_3B, full=full)
+    record["compress"] = compress_command(OPT_1_3B)
     yield record | {"complete": True}
+
+
+def study_whole(suite: Suite) -> Iterator[dict[str, Any]]:
+    """The record of `gradot compress` alone, run to its end with all middle layers, on CPU."""
+    del suite
+    yield {"compress": compress_command(OPT_1_3B, whole=True), "complete": True}
 
 
 def compiled_sweep(workload: Workload) -> dict[str, Any]:
@@ -89,8 +87,8 @@ def compiled_sweep(workload: Workload) -> dict[str, Any]:
 
 def resident_sweep(workload: Workload) -> dict[str, Any]:
     """The same as processes hold them, above what they held before and besides the gradient."""
-    used, gradient = (_run_apart(name) for name in ("factor_sweep", "gradient"))
-    return _compared(workload, used, gradient - 4 * _num_params(workload.config))
+    used, gradient = (_held_alone(name, workload) for name in ("factor_sweep", "gradient"))
+    return _compared(workload, used, gradient - 4 * count_params(workload.shapes()))
 
 
 def _compared(workload: Workload, used: int, gradient: int) -> dict[str, Any]:
@@ -105,36 +103,32 @@ def _compared(workload: Workload, used: int, gradient: int) -> dict[str, Any]:
     }
 
 
-def compiled_steps(workload: Workload) -> dict[str, Any]:
-    """Bytes of each kind of step, and how many times less than of all weights it is."""
-    programs = {kind: analysis(lower_step(workload, kind).compile()) for kind in get_args(Step)}
-    every = program_bytes(programs["step_all"])
-    record: dict[str, Any] = {"workload": workload.describe()}
-    for kind, program in programs.items():
-        used = program_bytes(program)
-        record[kind] = {**program, "bytes": used, "memory_reduction": every / used}
-    return record
+def _held_alone(name: str, workload: Workload) -> int:
+    with new_process() as process:
+        return process.submit(_held, name, workload).result()
 
 
-def _run_apart(name: str) -> int:
-    command = [sys.executable, "-m", "benchmarks.memory", "--held", name]
-    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, check=True, text=True)
-    return int(done.stdout.splitlines()[-1])
+def _held(name: str, workload: Workload) -> int:
+    return held_by(PHASES[name](workload))
 
 
 def held_by(phase: Phase) -> int:
-    """Bytes that a second run of a phase holds at its worst above those before it; Linux only.
+    """Bytes that a second run of a phase holds at its worst above those before it.
 
     The first run compiles, which takes memory of its own.
+
+    Raises:
+        RuntimeError: where the system cannot reset the peak of a process; Linux can.
     """
     timed(phase.run, *phase.prepare())
     arguments = phase.prepare()
     _settle()
-    # This resets the peak of the process.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("self")["VmHWM"]
-    result = timed(phase.run, *arguments)
-    peak = _status("self")["VmHWM"]
+    if not reset_peak():
+        raise RuntimeError("the peak of a process cannot be reset on this system")
+    before = peak_resident_bytes()
+    # The result must be held until the peak was read.
+    _, result = timed(phase.run, *arguments)
+    peak = peak_resident_bytes()
     del result
     return peak - before
 
@@ -143,28 +137,29 @@ def _settle() -> None:
     """Waits until what was let go of has been given back, which happens in the background."""
     gc.collect()
     for _ in range(20):
-        before = _status("self")["VmRSS"]
+        before = resident_bytes() or 0
         time.sleep(0.5)
-        if before - _status("self")["VmRSS"] < 2**20:
+        if before - (resident_bytes() or 0) < 2**20:
             return
 
 
-def _status(process: str | int) -> dict[str, int]:
-    """Bytes by name from a process's status; empty when it is gone."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    pairs = (line.split(":", 1) for line in lines if line.endswith("kB"))
-    return {name: 1024 * int(value.split()[0]) for name, value in pairs}
+def compiled_steps(workload: Workload) -> dict[str, Any]:
+    """Bytes of each kind of step, and how many times less than of all weights it is."""
+    programs = {kind: analysis(lower_step(workload, kind).compile()) for kind in STEPS}
+    every = program_bytes(programs["step_all"])
+    record: dict[str, Any] = {"workload": workload.describe()}
+    for kind, program in programs.items():
+        used = program_bytes(program)
+        record[kind] = {**program, "bytes": used, "memory_reduction": every / used}
+    return record
 
 
-def compress_command(config: OPTConfig, *, full: bool = False) -> dict[str, Any]:
+def compress_command(config: OPTConfig, *, whole: bool = False) -> dict[str, Any]:
     """Peaks of `gradot compress` on a checkpoint in float16 with random weights.
 
     Args:
         config: of the model; its checkpoint is written to a folder that is deleted.
-        full: run the command to its end. Else its two halves are: with all blocks but two in the
+        whole: run the command to its end. Else its two halves are: with all blocks but two in the
             adapter, up to the end of the last layer; and with a method that decomposes nothing
             and ships as much, all that comes after the layers.
 
@@ -179,11 +174,17 @@ def compress_command(config: OPTConfig, *, full: bool = False) -> dict[str, Any]
     with TemporaryDirectory() as name:
         folder = Path(name)
         model = write_checkpoint(folder / "model", config)
-        whole = _arguments(folder, model, (2, 2))
-        runs = {"whole": _watch(whole)} if full else _halves(config, folder, model)
-        said = subprocess.run([*whole, "--dry-run"], cwd=_ROOT, capture_output=True, text=True)
-        said.check_returncode()
-        bundled = _watch(_arguments(folder, _bundled_model(), (2, 2)))
+        command = _command(folder, model)
+        if whole:
+            runs = {"whole": _watch(command)}
+        else:
+            two_layers = _command(folder, model, num_top=config.num_hidden_layers - 4)
+            runs = {
+                "layers": _watch(two_layers, until="layers: 2 of 2"),
+                "after": _watch([*command, "--method", "layer-drop"]),
+            }
+        estimate = _output([*command, "--dry-run"])
+        bundled = _watch(_command(folder, bundled_model()))
         checkpoint = (model / "model.safetensors").stat().st_size
     shape = Workload(config=config, length=_LENGTH, batch_size=_SEQUENCES, num_batches=1)
     layer = 4 * (block_weights(shape) + factor_entries(shape))
@@ -201,14 +202,8 @@ def compress_command(config: OPTConfig, *, full: bool = False) -> dict[str, Any]
         "allowed_bytes": allowed,
         "share": peaks["peak_bytes"] / allowed,
         "anonymous_share": peaks["peak_anonymous_bytes"] / allowed,
-        "estimate": said.stdout.strip().splitlines(),
+        "estimate": estimate,
     }
-
-
-def _halves(config: OPTConfig, folder: Path, model: Path) -> dict[str, Any]:
-    short = _arguments(folder, model, (2, config.num_hidden_layers - 4))
-    after = [*_arguments(folder, model, (2, 2)), "--method", "layer-drop"]
-    return {"layers": _watch(short, until="layers: 2 of 2"), "after": _watch(after)}
 
 
 def write_checkpoint(folder: Path, config: OPTConfig) -> Path:
@@ -223,28 +218,32 @@ def write_checkpoint(folder: Path, config: OPTConfig) -> Path:
     tensors = ((name, draw(spec)) for name, spec in specs.items())
     stream_tensors(folder / "model.safetensors", specs, tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    for file in _bundled_model().glob("tokenizer*.json"):
+    for file in bundled_model().glob("tokenizer*.json"):
         copy(file, folder)
     return folder
 
 
-def _bundled_model() -> Path:
-    from gradot_jax.demo.corpus import bundled_model
-
-    return bundled_model()
-
-
-def _arguments(folder: Path, model: Path, split: tuple[int, int]) -> list[str]:
-    from gradot_jax.demo.corpus import prose_documents
-
+def _command(folder: Path, model: Path, *, num_top: int = 2) -> list[str]:
     text = folder / "calibration.txt"
     text.write_text("\n\n".join(prose_documents())[:20_000])
-    bottom, top = map(str, split)
-    settings = ["--sequence-length", str(_LENGTH), "--num-sequences", str(_SEQUENCES)]
-    settings += ["--batch-size", "1", "--num-bottom", bottom, "--num-top", top]
-    settings += ["--out", str(folder / "out"), "--overwrite"]
-    command = [sys.executable, "-m", "gradot_jax.cli.main", "compress", "--model", str(model)]
-    return [*command, "--calibration", str(text), *settings]
+    settings = {
+        "model": model,
+        "calibration": text,
+        "sequence-length": _LENGTH,
+        "num-sequences": _SEQUENCES,
+        "batch-size": 1,
+        "num-bottom": 2,
+        "num-top": num_top,
+        "out": folder / "out",
+    }
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "gradot_jax.cli.main", "compress", *options, "--overwrite"]
+
+
+def _output(command: list[str]) -> list[str]:
+    """The lines that a command prints."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True)
+    return done.stdout.strip().splitlines()
 
 
 def _watch(command: list[str], *, until: str = "", every: float = 0.05) -> dict[str, Any]:
@@ -254,10 +253,10 @@ def _watch(command: list[str], *, until: str = "", every: float = 0.05) -> dict[
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as said:
-            process = subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=said)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
         while process.poll() is None:
-            status = _status(process.pid)
-            peaks = {name: max(value, status.get(name, 0)) for name, value in peaks.items()}
+            held = process_memory(process.pid)
+            peaks = {name: max(value, held.get(name, 0)) for name, value in peaks.items()}
             if until and until in log.read_text():
                 process.kill()
                 process.wait()
@@ -269,25 +268,3 @@ def _watch(command: list[str], *, until: str = "", every: float = 0.05) -> dict[
                 raise RuntimeError(f"ended with code {process.returncode}: {end}")
     seconds = time.perf_counter() - start
     return {"seconds": seconds, **{_PEAKS[name]: value for name, value in peaks.items()}}
-
-
-def _num_params(config: OPTConfig) -> int:
-    return sum(int(np.prod(shape)) for shape in model_schema(config).values())
-
-
-def main() -> None:
-    """Prints the record, or what one phase holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="run `gradot compress` to its end")
-    parser.add_argument("--held", choices=PHASES, help="print the bytes that a phase holds")
-    options = parser.parse_args()
-    if options.held:
-        print(held_by(PHASES[options.held](SHORT)))
-        return
-    for record in study("cpu", full=options.full):
-        last = record
-    print(json.dumps(last, indent=2))
-
-
-if __name__ == "__main__":
-    main()

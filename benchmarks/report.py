@@ -1,25 +1,37 @@
-"""Writes the README's tables of speed, and the plots, from the committed results.
+"""Writes the tables of speed and the plots from the committed results.
 
-python -m benchmarks.report
-python -m benchmarks.report --check    # fails where the README says anything else
+    python -m benchmarks.report            # into docs/SPEED.md
+    python -m benchmarks.report --check    # fails where the page says anything else
+
+The results of each kind of device lie in a folder of their own.
 """
 
 import argparse
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.plots import draw_growth
-from benchmarks.targets import TARGETS, find, load_results
+from benchmarks.targets import RESULTS, TARGETS, Target, find, load_results
 from gradot_jax.errors import InputError
 
-_ROOT = Path(__file__).parents[1]
-RESULTS = _ROOT / "benchmarks" / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "SPEED.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
+Record = Mapping[str, Any]
+
 _PHASE_COLUMNS = ("time", "gradients", "of the floor", "compile", "memory")
-_STEPS = {
+_TUNING_COLUMNS = (
+    "trained",
+    "shape",
+    "tokens/s",
+    "over all weights",
+    "memory as compiled",
+    "below all weights",
+    "peak memory",
+)
+_STEP_TITLES = {
     "step_emulator": "adapter in the emulator",
     "step_full": "adapter in the full model",
     "step_all": "all weights",
@@ -41,6 +53,10 @@ class Kind(NamedTuple):
     folder: Path | None
     results: dict[str, dict[str, Any]]
 
+    def value(self, target: Target) -> float | None:
+        """What was measured of a target."""
+        return find(self.results, target.where(self.suite))
+
 
 def load_kinds(results: Path) -> list[Kind]:
     """CPU, and each accelerator that was measured, or a GPU without results.
@@ -53,7 +69,9 @@ def load_kinds(results: Path) -> list[Kind]:
         found = load_results(folder) if folder.is_dir() else {}
         found = {name: result for name, result in found.items() if "suite" in result}
         if found:
-            kinds.append(_kind(folder, found))
+            first = next(iter(found.values()))
+            suite, device = first["suite"], first["environment"]["device_kind"]
+            kinds.append(Kind("CPU" if suite == "cpu" else device, suite, folder, found))
     if not kinds:
         raise InputError(f"{results}: no results; make some with python -m benchmarks.run")
     kinds.sort(key=lambda kind: kind.suite != "cpu")
@@ -62,21 +80,20 @@ def load_kinds(results: Path) -> list[Kind]:
     return kinds
 
 
-def _kind(folder: Path, results: dict[str, dict[str, Any]]) -> Kind:
-    first = next(iter(results.values()))
-    title = "CPU" if first["suite"] == "cpu" else first["environment"]["device_kind"]
-    return Kind(title, first["suite"], folder, results)
+def section(kinds: Sequence[Kind], page: Path = PAGE) -> str:
+    """The text between the markers.
 
-
-def section(kinds: Sequence[Kind]) -> str:
-    """The README's text between the markers."""
-    parts = [_machines(kinds), targets_table(kinds), _reasons(kinds)]
+    Args:
+        kinds: of devices.
+        page: the file that the text is for, from which its links to plots lead.
+    """
+    parts = [_machines(kinds), _targets(kinds), _reasons(kinds)]
     names = dict.fromkeys(itertools.chain.from_iterable(kind.results for kind in kinds))
     for name in names:
         if any("phases" in kind.results.get(name, {}) for kind in kinds):
-            parts.append(phases_table(name, kinds))
+            parts.append(_phases(name, kinds))
     for kind in kinds:
-        parts += [_tuning(kind), _decomposition(kind), _growth(kind)]
+        parts += [_tuning(kind), _decomposition(kind), _growth(kind, page)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -97,40 +114,38 @@ def _machines(kinds: Sequence[Kind]) -> str:
     return "\n".join(lines)
 
 
-def targets_table(kinds: Sequence[Kind]) -> str:
+def _targets(kinds: Sequence[Kind]) -> str:
     """Every target, what is demanded, what each kind of device measured, and where it stands."""
     titles = [kind.title for kind in kinds]
-    rows: list[Sequence[str]] = [("target", "demanded", *titles, "reached", "where")]
+    rows = [("target", "demanded", *titles, "reached", "where")]
     for target in TARGETS:
-        values = [find(kind.results, target.where(kind.suite)) for kind in kinds]
-        verdicts = [
-            "yes" if target.reached(value) else "no"
-            for value in values
-            if value is not None and target.limit is not None
-        ]
+        values = [kind.value(target) for kind in kinds]
+        verdicts = [target.reached(value) for value in values if value is not None]
+        reached = ", ".join(
+            "yes" if verdict else "no" for verdict in verdicts if verdict is not None
+        )
         where = dict.fromkeys(filter(None, (target.where(kind.suite) for kind in kinds)))
         cells = ["" if value is None else target.unit.format(value) for value in values]
         places = " ".join(f"`{place}`" for place in where)
-        rows.append((target.name, target.demanded, *cells, ", ".join(verdicts), places))
+        rows.append((target.name, target.demanded, *cells, reached, places))
     return _table(rows, left=(0, 1, len(titles) + 2, len(titles) + 3))
 
 
 def _reasons(kinds: Sequence[Kind]) -> str:
     lines = []
     for target in TARGETS:
-        values = [find(kind.results, target.where(kind.suite)) for kind in kinds]
-        missed = any(value is not None and target.reached(value) is False for value in values)
-        if missed and target.reason:
+        values = [value for kind in kinds if (value := kind.value(target)) is not None]
+        if target.reason and any(target.reached(value) is False for value in values):
             lines.append(f"- {target.name}: {target.reason}")
     return "\n".join(lines)
 
 
-def phases_table(name: str, kinds: Sequence[Kind]) -> str:
+def _phases(name: str, kinds: Sequence[Kind]) -> str:
     """The phases of one workload on every kind of device, under a line with its shapes."""
     measured = [kind.results.get(name, {}) for kind in kinds]
     phases = dict.fromkeys(itertools.chain(*(result.get("phases", {}) for result in measured)))
-    titles = [f"{kind.title}: {c}" if not i else c for kind in kinds for i, c in _numbered()]
-    rows: list[Sequence[str]] = [("phase", *titles)]
+    first, *others = _PHASE_COLUMNS
+    rows = [("phase", *(c for kind in kinds for c in (f"{kind.title}: {first}", *others)))]
     for phase in phases:
         records = [result.get("phases", {}).get(phase) for result in measured]
         cells = itertools.chain.from_iterable(map(_phase_cells, records))
@@ -139,11 +154,7 @@ def phases_table(name: str, kinds: Sequence[Kind]) -> str:
     return f"**{name}**, {'; '.join(shapes)}\n\n{_table(rows, left=(0,))}"
 
 
-def _numbered() -> Iterable[tuple[int, str]]:
-    return enumerate(_PHASE_COLUMNS)
-
-
-def _shape(result: Mapping[str, Any]) -> str:
+def _shape(result: Record) -> str:
     shape = result["workload"]
     blocks = " + ".join(str(shape[f"num_{part}"]) for part in ("bottom", "middle", "top"))
     left_out = f", left out: {', '.join(result['left_out'])}" if result.get("left_out") else ""
@@ -154,16 +165,14 @@ def _shape(result: Mapping[str, Any]) -> str:
     )
 
 
-def _label(phase: str, records: Iterable[Mapping[str, Any] | None]) -> str:
+def _label(phase: str, records: Iterable[Record | None]) -> str:
     times = {record["times"] for record in records if record and record.get("times", 1) != 1}
     return phase.replace("_", " ") + "".join(f" (of {count:g})" for count in sorted(times))
 
 
-def _phase_cells(record: Mapping[str, Any] | None) -> tuple[str, ...]:
-    if record is None:
-        return ("",) * len(_PHASE_COLUMNS)
-    if "failed" in record:
-        return ("failed", *[""] * (len(_PHASE_COLUMNS) - 1))
+def _phase_cells(record: Record | None) -> tuple[str, ...]:
+    if record is None or "failed" in record:
+        return ("failed" if record else "", *[""] * (len(_PHASE_COLUMNS) - 1))
     rose = record["peak_bytes"] > record["before_bytes"]
     return (
         _seconds(record["median_seconds"]),
@@ -175,24 +184,13 @@ def _phase_cells(record: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _tuning(kind: Kind) -> str:
-    rows: list[Sequence[str]] = [
-        (
-            "trained",
-            "shape",
-            "tokens/s",
-            "over all weights",
-            "memory as compiled",
-            "below all weights",
-            "peak memory",
-        ),
-    ]
+    rows = [_TUNING_COLUMNS]
     for name, result in kind.results.items():
-        found = result.get("totals", {}).get("tuning", {})
-        for step, record in found.items():
+        for step, record in result.get("totals", {}).get("tuning", {}).items():
             shape = result["workload"]
             rows.append(
                 (
-                    _STEPS[step],
+                    _STEP_TITLES[step],
                     f"{name}, {shape['batch_size']} x {shape['length']}",
                     f"{record['tokens_per_second']:,.0f}",
                     _times(record.get("speedup")),
@@ -201,13 +199,7 @@ def _tuning(kind: Kind) -> str:
                     _bytes(record["peak_bytes"]),
                 )
             )
-    if len(rows) == 1:
-        return ""
-    return f"Fine-tuning, {kind.title}\n\n{_table(rows, left=(0, 1))}"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} x"
+    return f"Fine-tuning, {kind.title}\n\n{_table(rows, left=(0, 1))}" if rows[1:] else ""
 
 
 def _decomposition(kind: Kind) -> str:
@@ -215,33 +207,62 @@ def _decomposition(kind: Kind) -> str:
     if not points:
         return ""
     sizes = sorted({point["size"] for point in points})
-    rows: list[Sequence[str]] = [("algorithm", *(f"D {size}" for size in sizes), "residual")]
+    rows = [("algorithm", *(f"D {size}" for size in sizes), "residual")]
     for algorithm in dict.fromkeys(point["algorithm"] for point in points):
         own = [point for point in points if point["algorithm"] == algorithm]
-        slowest = {
-            size: max((p["median_seconds"] for p in own if p["size"] == size), default=None)
-            for size in sizes
-        }
-        cells = ("" if slowest[size] is None else _seconds(slowest[size]) for size in sizes)
+        times = [[p["median_seconds"] for p in own if p["size"] == size] for size in sizes]
+        cells = (_seconds(max(seconds)) if seconds else "" for seconds in times)
         rows.append((algorithm, *cells, f"{max(point['residual'] for point in own):.1e}"))
     table = _table(rows, left=(0,))
     return f"Decomposition of the four maps of a layer, {kind.title}\n\n{table}"
 
 
-def _growth(kind: Kind) -> str:
-    growth = kind.results.get("growth")
-    if kind.folder is None or growth is None or "exponents" not in growth:
-        return ""
-    folder = kind.folder.relative_to(_ROOT) if kind.folder.is_relative_to(_ROOT) else kind.folder
-    return "\n".join(
-        f"![{kind.title}: seconds over {quantity}]({folder.as_posix()}/growth-{quantity}.png)"
-        for quantity in growth["exponents"]
-    )
+def _growth(kind: Kind, page: Path) -> str:
+    lines = []
+    for quantity, path in _growth_plots(kind).items():
+        link = Path(os.path.relpath(path, page.parent)).as_posix()
+        lines.append(f"![{kind.title}: seconds over {quantity}]({link})")
+    return "\n".join(lines)
+
+
+def _growth_plots(kind: Kind) -> dict[str, Path]:
+    """The file of each quantity whose growth was measured."""
+    quantities = kind.results.get("growth", {}).get("exponents", {})
+    return {q: kind.folder / f"growth-{q}.png" for q in quantities} if kind.folder else {}
+
+
+def draw_growth(kind: Kind) -> None:
+    """Draws seconds over each quantity that was varied, a file for each beside the results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for quantity, path in _growth_plots(kind).items():
+        growth = kind.results["growth"]
+        points = [point for point in growth["points"] if point["quantity"] == quantity]
+        values = [point["value"] for point in points]
+        figure, axis = pyplot.subplots(figsize=(4.2, 3.4))
+        for phase, slope in growth["exponents"][quantity].items():
+            seconds = [point["seconds"][phase] for point in points]
+            axis.loglog(values, seconds, "o-", label=f"{phase.replace('_', ' ')}: {slope:.2f}")
+        axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        axis.minorticks_off()
+        axis.set_xlabel(quantity)
+        axis.set_ylabel("seconds")
+        axis.legend(fontsize=7, title="exponents", title_fontsize=7)
+        figure.tight_layout()
+        figure.savefig(path, dpi=90, metadata={"Software": None})
+        pyplot.close(figure)
 
 
 def _table(rows: Sequence[Sequence[str]], left: Iterable[int]) -> str:
     rule = ["---" if i in set(left) else "---:" for i in range(len(rows[0]))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} x"
 
 
 def _rate(value: float) -> str:
@@ -257,13 +278,13 @@ def _bytes(value: int) -> str:
 
 
 def replace_section(text: str, new: str) -> str:
-    """A README with the text between its markers replaced.
+    """A page with the text between its markers replaced.
 
     Raises:
         InputError: when it has not each marker once, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InputError(f"the README must have {BEGIN} and {END}, once each and in this order")
+        raise InputError(f"the page must have {BEGIN} and {END}, once each and in this order")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
 
@@ -272,22 +293,18 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    kinds = load_kinds(options.results)
-    text = options.readme.read_text("utf-8")
-    new = replace_section(text, section(kinds))
+    kinds, text = load_kinds(options.results), options.page.read_text("utf-8")
+    new = replace_section(text, section(kinds, options.page))
     if options.check:
         if new != text:
-            raise SystemExit(
-                f"{options.readme} and results differ; run python -m benchmarks.report"
-            )
+            raise SystemExit(f"{options.page} and results differ; run python -m benchmarks.report")
         return
-    options.readme.write_text(new, "utf-8")
+    options.page.write_text(new, "utf-8")
     for kind in kinds:
-        if kind.folder is not None and "exponents" in kind.results.get("growth", {}):
-            draw_growth(kind.folder, kind.results["growth"])
+        draw_growth(kind)
 
 
 if __name__ == "__main__":

@@ -9,53 +9,51 @@ workloads asked for.
 """
 
 import argparse
-import contextlib
-import gc
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from benchmarks.derive import UNIT, derive, totals
-from benchmarks.measure import RATES, Task, records, without_cache
+from benchmarks.measure import (
+    RATES,
+    STUDY_SECONDS,
+    Failed,
+    Measure,
+    Result,
+    Task,
+    in_process,
+    in_subprocess,
+    without_cache,
+)
 from benchmarks.phases import PHASES
-from benchmarks.studies import ORDER, STUDY_SECONDS
-from benchmarks.targets import TARGETS_FILE, load_results, measured
+from benchmarks.targets import RESULTS, TARGETS_FILE, load_results, measured
 from benchmarks.workloads import SUITES, WORKLOADS, Suite
 from gradot_jax.errors import InputError
-from gradot_jax.evaluation.record import environment, write_result
+from gradot_jax.evaluation.record import write_result
 
-_ROOT = Path(__file__).parents[1]
-RESULTS = _ROOT / "benchmarks" / "results"
+ORDER: dict[Suite, tuple[str, ...]] = {
+    "cpu": ("small", "opt-125m", "memory", "torch-step", "growth", "decomposition"),
+    "device": (
+        "opt-1.3b",
+        "opt-1.3b-512",
+        "decomposition",
+        "opt-125m",
+        "growth",
+        "small",
+        "opt-6.7b",
+    ),
+}
+"""What a suite measures where nothing is asked for, most valuable first."""
 
 TIME_LIMITS: dict[Suite, float] = {"cpu": 1200.0, "device": 420.0}
 """Seconds."""
 
-Result = dict[str, Any]
-Measure = Callable[[Suite, Task, float], Iterator[Result]]
-"""Yields `environment` and `record`, growing where the task is a study, until the time is up."""
-
-
-class Failed(Exception):
-    """Something could not be measured."""
-
 
 def run_suite(
-    suite: Suite,
-    names: Sequence[str],
-    phases: Sequence[str],
-    folder: Path,
-    time_limit: float,
+    suite: Suite, names: Sequence[str], phases: Sequence[str], folder: Path, time_limit: float
 ) -> list[str]:
     """Measures some workloads and studies.
 
@@ -79,7 +77,7 @@ def run_suite(
     _check("phase", phases, PHASES)
     if suite == "device" and jax.default_backend() == "cpu" and set(names) != {"smoke"}:
         raise InputError("suite device: there is no accelerator; only smoke runs without one")
-    measure = apart if suite == "cpu" else here
+    measure = in_subprocess if suite == "cpu" else in_process
     deadline = time.monotonic() + time_limit
     failures = []
     for name in names:
@@ -96,12 +94,7 @@ def run_suite(
 
 
 def run_workload(
-    suite: Suite,
-    name: str,
-    phases: Sequence[str],
-    path: Path,
-    deadline: float,
-    measure: Measure,
+    suite: Suite, name: str, phases: Sequence[str], path: Path, deadline: float, measure: Measure
 ) -> Result:
     """Measures one workload into one file.
 
@@ -123,7 +116,7 @@ def run_workload(
     result["phases"] = {}
     for index, phase in enumerate(todo):
         try:
-            last = _last(measure(suite, Task(name, phase), deadline - time.monotonic()))
+            *_, last = None, *measure(Task(suite, name, phase), deadline - time.monotonic())
         except Failed as error:
             last = {"record": {"failed": str(error)}}
         if last is None:
@@ -154,7 +147,7 @@ def run_study(suite: Suite, name: str, path: Path, deadline: float, measure: Mea
     """
     complete = False
     try:
-        for last in measure(suite, Task(name), deadline - time.monotonic()):
+        for last in measure(Task(suite, name), deadline - time.monotonic()):
             own = {"suite": suite, "name": name, "environment": last["environment"]}
             write_result(path, last["record"] | own)
             complete = bool(last["record"].get("complete"))
@@ -165,79 +158,11 @@ def run_study(suite: Suite, name: str, path: Path, deadline: float, measure: Mea
     return True
 
 
-def here(suite: Suite, task: Task, seconds: float) -> Iterator[Result]:
-    """Measures in this process, where a phase that has begun is not stopped."""
-    deadline = time.monotonic() + seconds
-    try:
-        found = records(suite, task)
-        while time.monotonic() < deadline and (record := next(found, None)) is not None:
-            yield {"environment": environment(), "record": record}
-    except Exception as error:
-        # Out of memory or a mistake: what the machine can still measure is measured.
-        traceback.print_exc()
-        first = next(iter(str(error).splitlines()), "")
-        raise Failed(f"{type(error).__name__}: {first[:200]}") from error
-    finally:
-        # Else the arrays and programs of a phase would lie beside those of the next.
-        gc.collect()
-        jax.clear_caches()
-
-
-def apart(suite: Suite, task: Task, seconds: float) -> Iterator[Result]:
-    """Measures in a process of its own, stopped when the time is up.
-
-    On Linux a process inherits the peak of the one that starts it, so this one must stay small:
-    it imports JAX, as all of them do, and allocates nothing.
-    """
-    if seconds <= 0:
-        return
-    process = subprocess.Popen(
-        _command(suite, task),
-        cwd=_ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    overdue = threading.Event()
-    timer = threading.Timer(seconds, lambda: (overdue.set(), _end(process)))
-    timer.start()
-    with process:
-        try:
-            # A line without an end is one that was being written when the time was up.
-            lines = (line for line in process.stdout or () if line.endswith("}\n"))
-            yield from (json.loads(line) for line in lines if line.startswith("{"))
-            process.wait()
-        finally:
-            timer.cancel()
-            _end(process)
-    if process.returncode and not overdue.is_set():
-        raise Failed(f"ended with code {process.returncode}")
-
-
-def _command(suite: Suite, task: Task) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.measure", "--suite", suite, *task.arguments()]
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and those that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def device_folder(suite: Suite) -> Path:
     """Where results of a suite go: `results/cpu`, or the accelerator's kind."""
     if suite == "cpu":
         return RESULTS / "cpu"
     return RESULTS / re.sub(r"[^a-z0-9.]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
-
-
-def _last(found: Iterable[Result]) -> Result | None:
-    last = None
-    for last in found:  # noqa: B007 - the last one is what is wanted
-        pass
-    return last
 
 
 def _failed(result: Result) -> list[str]:

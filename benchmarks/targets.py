@@ -14,6 +14,9 @@ from gradot_jax.files.strict_json import read_json
 Results = Mapping[str, Mapping[str, Any]]
 """Contents of the files of one folder, by name."""
 
+RESULTS = Path(__file__).parent / "results"
+"""A folder for each kind of device."""
+
 TARGETS_FILE = "targets.json"
 
 

@@ -1,7 +1,5 @@
 """The fine-tuning step on CPU, beside its equivalent in PyTorch.
 
-    python -m benchmarks.torch_step --threads 1 2
-
 The equivalent has the same shapes, weights and batch and does what the step does: a frozen middle
 of low-rank maps and pruned MLPs, gradients and moments for the adapter alone, clipping and AdamW;
 by PyTorch's fused attention and fused optimiser, without dropout, cache or teacher. Each side runs
@@ -9,15 +7,11 @@ in a process of its own on the same CPUs, as many as there are threads, and they
 that whatever else the machine does meets all of them. Linux only.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,20 +19,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import timed
+from benchmarks import floor
+from benchmarks.harness import Phase, new_process, timed
 from benchmarks.phases import PHASES
-from benchmarks.workloads import WORKLOADS, Suite, Workload
-from gradot_jax.models.opt.params import Block, Shell, unstack_blocks
+from benchmarks.workloads import WORKLOADS, Suite
+from gradot_jax.models.opt.block import Block, Shell
+from gradot_jax.models.params import unstack_blocks
+from gradot_jax.models.split import SplitModel
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.linear import Linear, LowRank
 from gradot_jax.nn.norm import LayerNorm
-from gradot_jax.offsite.emulator import SplitModel
 
 Side = Literal["step_emulator", "step_full", "torch"]
 """Our step in the emulator and in the full model, and PyTorch's in the emulator."""
 
-_ROOT = Path(__file__).parents[1]
-_WARM_UP = 2
+_WARM_UP = 5
 _TURN = 3
 """Steps at a time."""
 
@@ -130,6 +125,17 @@ def _ids(ids: jax.Array) -> torch.Tensor:
     return _plain_tensor(ids).long()
 
 
+def study(suite: Suite) -> Iterator[dict[str, Any]]:
+    """The growing record, of the CPU suite alone: `measure_step` by threads, one and two."""
+    del suite
+    record: dict[str, Any] = {"torch": torch.__version__, "threads": {}, "complete": False}
+    available = len(os.sched_getaffinity(0))
+    for threads in range(1, min(available, 2) + 1):
+        record["threads"][str(threads)] = measure_step(threads)
+        yield record
+    yield record | {"complete": True}
+
+
 def measure_step(threads: int, workload: str = "small", rounds: int = 7) -> dict[str, Any]:
     """Measures all sides in turns.
 
@@ -145,15 +151,18 @@ def measure_step(threads: int, workload: str = "small", rounds: int = 7) -> dict
     """
     seconds: dict[Side, list[float]] = {side: [] for side in get_args(Side)}
     with contextlib.ExitStack() as stack:
-        workers = {side: stack.enter_context(_worker(side, workload, threads)) for side in seconds}
+        processes = {
+            side: stack.enter_context(new_process(_start, side, workload, threads))
+            for side in seconds
+        }
         for _ in range(rounds):
-            for side, turn in workers.items():
-                seconds[side] += turn()
-    shape = WORKLOADS["cpu"][workload]
+            for side, process in processes.items():
+                seconds[side] += process.submit(_turn, side, workload).result()
     median = {side: statistics.median(times) for side, times in seconds.items()}
-    flops = {side: PHASES[side](shape).cost.flops for side in ("step_emulator", "step_full")}
-    speedup = median["step_full"] / median["step_emulator"]
-    ratio = flops["step_full"] / flops["step_emulator"]
+    shape = WORKLOADS["cpu"][workload]
+    blocks = (floor.block_weights(shape), floor.emulator_block_weights(shape))
+    full, emulator = (floor.step_cost(shape, weights).flops for weights in blocks)
+    speedup, ratio = median["step_full"] / median["step_emulator"], full / emulator
     return {
         "threads": threads,
         "steps": rounds * _TURN,
@@ -166,60 +175,35 @@ def measure_step(threads: int, workload: str = "small", rounds: int = 7) -> dict
     }
 
 
-def study(suite: Suite) -> Iterator[dict[str, Any]]:
-    """The growing record: `measure_step` for one thread and for two, by their number."""
-    if suite != "cpu":
-        raise ValueError(f"the step in PyTorch is measured on CPU alone, got suite {suite}")
-    record: dict[str, Any] = {"torch": torch.__version__, "threads": {}, "complete": False}
-    available = len(os.sched_getaffinity(0))
-    for threads in range(1, min(available, 2) + 1):
-        record["threads"][str(threads)] = measure_step(threads)
-        yield record
-    yield record | {"complete": True}
-
-
-@contextlib.contextmanager
-def _worker(side: Side, workload: str, threads: int) -> Iterator[Callable[[], list[float]]]:
-    """A process that is ready to run a side; yields what makes it take a turn, in seconds."""
-    command = [sys.executable, "-m", "benchmarks.torch_step", "--worker", side]
-    command += ["--workload", workload, "--threads", str(threads)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command,
-        cwd=_ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-
-        def turn() -> list[float]:
-            print("go", file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        turn()
-        yield turn
-
-
-def _work(side: Side, workload: Workload, threads: int) -> None:
-    """Takes a turn for each line that comes in."""
+def _start(side: Side, workload: str, threads: int) -> None:
+    """Limits a process and makes its step."""
     # Before the first computation: XLA has as many threads as there are CPUs for it then.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
-    step = _torch_side(workload) if side == "torch" else _own_side(side, workload)
+    _warm_step(side, workload)
+
+
+def _turn(side: Side, workload: str) -> list[float]:
+    """Seconds of some steps."""
+    step = _warm_step(side, workload)
+    return [timed(step)[0] for _ in range(_TURN)]
+
+
+@cache
+def _warm_step(side: Side, name: str) -> Callable[[], Any]:
+    """A step of one of the sides, made once in a process."""
+    workload = WORKLOADS["cpu"][name]
+    if side == "torch":
+        model = to_torch(workload.emulator(), workload.config.num_attention_heads)
+        step = make_step(model, workload.batches()[0])
+    else:
+        step = _own_step(PHASES[side](workload))
     for _ in range(_WARM_UP):
         step()
-    for _ in sys.stdin:
-        print(json.dumps([timed(step)[0] for _ in range(_TURN)]), flush=True)
+    return step
 
 
-def _torch_side(workload: Workload) -> Callable[[], Any]:
-    model = to_torch(workload.emulator(), workload.config.num_attention_heads)
-    return make_step(model, workload.batches()[0])
-
-
-def _own_side(side: Side, workload: Workload) -> Callable[[], Any]:
-    phase = PHASES[side](workload)
+def _own_step(phase: Phase) -> Callable[[], Any]:
     arguments = phase.prepare()
 
     def step() -> Any:
@@ -229,21 +213,3 @@ def _own_side(side: Side, workload: Workload) -> Callable[[], Any]:
         return result
 
     return step
-
-
-def main() -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--workload", default="small", choices=WORKLOADS["cpu"])
-    parser.add_argument("--worker", choices=get_args(Side), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        _work(options.worker, WORKLOADS["cpu"][options.workload], options.threads[0])
-        return
-    records = {str(n): measure_step(n, options.workload) for n in options.threads}
-    print(json.dumps(records, indent=1))
-
-
-if __name__ == "__main__":
-    main()

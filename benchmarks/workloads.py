@@ -5,7 +5,7 @@ names stand for less text on CPU, where a suite has minutes, than on accelerator
 """
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import Literal, get_args
 
 import jax
@@ -14,21 +14,23 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gradot_jax.compression.budget import channel_pool, rank_pool, uniform_counts
+from gradot_jax.models.opt.block import Block
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import ATTENTION_SITES, Block, Params, init_params
+from gradot_jax.models.params import Params, model_shapes
+from gradot_jax.models.split import AdapterSpec, split_model
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.linear import Dense, LowRank
 from gradot_jax.offsite.emulator import Emulator
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
 
 Suite = Literal["cpu", "device"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
+Step = Literal["step_emulator", "step_full", "step_all"]
+STEPS: tuple[Step, ...] = get_args(Step)
+"""Phases that train: the adapter in the emulator, in the full model, or all weights."""
+
 _SPLIT = AdapterSpec(num_bottom=2, num_top=2)
 """The papers' adapter."""
-
-_POOL = 1_048_583
-"""Random numbers drawn; a prime, so that no two rows of a matrix made of them are equal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +85,13 @@ class Workload:
     @property
     def num_channels(self) -> int:
         """Channels that an MLP of the emulator keeps."""
-        return uniform_counts([channel_pool(self.config.ffn_dim)], self.budget)[0]
+        return uniform_counts(
+            [channel_pool(self.config.ffn_dim, 2 * self.config.hidden_size)], self.budget
+        )[0]
 
     def shapes(self) -> Params:
         """The model as shapes and dtypes alone."""
-        return jax.eval_shape(
-            partial(init_params, self.config, dtype=self.dtype), jax.random.key(0)
-        )
+        return model_shapes(self.config, self.dtype)
 
     def params(self) -> Params:
         """Random weights on the default device."""
@@ -104,16 +106,22 @@ class Workload:
         return jax.eval_shape(self._emulator, self.shapes())
 
     def _emulator(self, params: Params) -> Emulator:
-        adapter, middle = split_blocks(params, self.split)
-        return Emulator(params.shell, adapter, (shrink(middle, self.rank, self.num_channels),))
+        model = split_model(params, self.split)
+        middle = tuple(shrink(stack, self.rank, self.num_channels) for stack in model.middle)
+        return Emulator(model.shell, model.adapter, middle)
 
     def batches(self) -> list[Batch]:
         """S batches of random tokens, every one real and counted."""
         rng = np.random.default_rng(1)
         shape = (self.num_batches, self.batch_size, self.length + 1)
-        ones = np.ones((self.batch_size, self.length), np.float32)
+        ones = jnp.ones((self.batch_size, self.length))
         return [
-            Batch(*map(jnp.asarray, (ids[:, :-1], ids[:, 1:], ones, ones)))
+            Batch(
+                input_ids=jnp.asarray(ids[:, :-1]),
+                targets=jnp.asarray(ids[:, 1:]),
+                loss_mask=ones,
+                attention_mask=ones,
+            )
             for ids in rng.integers(0, self.config.vocab_size, shape, np.int32)
         ]
 
@@ -147,7 +155,7 @@ def shrink(blocks: Block, rank: int, num_channels: int) -> Block:
 
     fc1, fc2 = blocks.fc1, blocks.fc2
     return blocks.replace(
-        **{site: cut(getattr(blocks, site)) for site in ATTENTION_SITES},
+        **{site: cut(getattr(blocks, site)) for site in blocks.layout.low_rank},
         fc1=Dense(fc1.kernel[..., :num_channels], fc1.bias[..., :num_channels]),
         fc2=Dense(fc2.kernel[..., :num_channels, :], fc2.bias),
     )
@@ -158,12 +166,14 @@ def _filled(shapes):
 
     On the host, so that no initialiser has to be drawn from or compiled for each shape.
     """
-    pool = 0.02 * np.random.default_rng(0).standard_normal(_POOL, np.float32)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(_pool(leaf.dtype), leaf.shape)), shapes)
 
-    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.asarray(np.resize(pool.astype(leaf.dtype), leaf.shape))
 
-    return jax.tree.map(fill, shapes)
+@cache
+def _pool(dtype: np.dtype) -> np.ndarray:
+    # A prime number of them, so that no two rows of a matrix made of them are equal.
+    numbers = 0.02 * np.random.default_rng(0).standard_normal(1_048_583, np.float32)
+    return numbers.astype(dtype)
 
 
 def model(
@@ -198,25 +208,11 @@ _SMALL = Workload(
     batch_size=8,
     num_batches=4,
 )
-_STEPS = ("step_emulator", "step_full", "step_all")
 _LARGE = partial(
-    Workload,
-    length=2048,
-    batch_size=8,
-    num_batches=16,
-    dtype=jnp.bfloat16,
-    remat=True,
-    num_swept=2,
+    Workload, length=2048, batch_size=8, num_batches=16, dtype=jnp.bfloat16, remat=True, num_swept=2
 )
 
-_PARTS = (
-    *_STEPS,
-    "factor_sweep",
-    "calibration_forward",
-    "decomposition",
-    "selection",
-    "packaging",
-)
+_PARTS = (*STEPS, "factor_sweep", "calibration_forward", "decomposition", "selection", "packaging")
 """Without the whole of a compression, which takes minutes on the larger models."""
 
 WORKLOADS: dict[Suite, dict[str, Workload]] = {
@@ -234,7 +230,7 @@ WORKLOADS: dict[Suite, dict[str, Workload]] = {
             batch_size=1,
             num_batches=1,
             dtype=jnp.bfloat16,
-            phases=_STEPS,
+            phases=STEPS,
         ),
         "opt-125m": _LARGE(config=OPT_125M),
         "small": dataclasses.replace(_SMALL, dtype=jnp.bfloat16),
@@ -244,5 +240,4 @@ WORKLOADS: dict[Suite, dict[str, Workload]] = {
         ),
     },
 }
-"""By suite. `opt-1.3b-512` has one sequence of 512 tokens; `smoke` is for
-tests."""
+"""By suite. `opt-1.3b-512` has one sequence of 512 tokens; `smoke` is for tests."""

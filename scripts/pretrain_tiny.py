@@ -20,22 +20,16 @@ import tokenizers
 import tyro
 
 from gradot_jax.data.examples import windows
-from gradot_jax.demo.corpus import (
-    Facts,
-    fact_pass,
-    make_facts,
-    prose_documents,
-    stdlib_sources,
-)
-from gradot_jax.demo.tasks import split_prose
+from gradot_jax.demo.bundled_tasks import split_prose
+from gradot_jax.demo.corpus import Facts, fact_pass, make_facts, prose_documents, stdlib_sources
 from gradot_jax.files.folder import output_folder
 from gradot_jax.files.strict_json import write_json
+from gradot_jax.models.checkpoint import save_model
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import forward, summed_loss
-from gradot_jax.models.opt.hf import save_opt
-from gradot_jax.models.opt.params import Params, count_params, init_params
+from gradot_jax.models.params import Params, count_params, init_params
+from gradot_jax.models.run import forward, summed_loss
 from gradot_jax.nn.batch import Batch
-from gradot_jax.offsite.checkpoint import CheckpointStore
+from gradot_jax.training.checkpoint_store import CheckpointStore
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS = 0, 2
@@ -300,7 +294,7 @@ def write_model(out: Path, config, params: Params, tokenizer, facts: Facts, reco
         "model_max_length": config.max_position_embeddings,
     }
     with output_folder(out, overwrite=True) as folder:
-        save_opt(folder, config, params, dtype="float16")
+        save_model(folder, config, params, dtype="float16")
         tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "tokenizer_config.json", settings)
         write_json(folder / "training.json", record)

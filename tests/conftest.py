@@ -2,14 +2,55 @@
 
 Eight CPU devices, full matmul precision, no silent rank promotion. The tolerances are relative to
 the largest entry expected; none is loosened to make a test pass.
+
+A test's programs run for microseconds and compile for a tenth of a second: they are compiled
+cheaply, once for all workers and commands of a run, and dropped at the end of their module.
 """
 
+import atexit
+import ctypes
+import gc
+import importlib.util
+import mmap
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+CHEAP_COMPILATION = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "true",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+
+
+def _known_to_xla(flag: str) -> bool:
+    """Whether this jaxlib has a flag: one it does not have would end the process."""
+    folder = Path(importlib.util.find_spec("jaxlib").origin).parent
+    for library in sorted(folder.glob("*.so"), key=lambda file: -file.stat().st_size):
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            if m.find(flag.encode()) >= 0:
+                return True
+    return False
+
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Commands keep compiled programs in the home folder.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+# The threads of a linear algebra library wait for each other in a loop.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    given = os.environ.get("XLA_FLAGS", "")
+    cheap = {k: v for k, v in CHEAP_COMPILATION.items() if k not in given and _known_to_xla(k)}
+    os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in cheap.items())]).strip()
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Made by the first process of a run and handed to its workers and to every command they start.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gradot-tests-xla-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import functools
 
@@ -18,10 +59,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gradot_jax import parallel
+from gradot_jax.memory.process import resident_bytes
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Params, init_params
+from gradot_jax.models.params import Params, init_params
 from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.linear import LowRank
 
+# Commands keep all that they compile, too: no test's program takes long.
+parallel.MIN_COMPILE_SECONDS = 0
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,12 +83,31 @@ TOLERANCES = {
 PLATFORM_FACTOR = {"cpu": 1, "gpu": 4, "tpu": 16}
 
 
+_CODE_BYTES = 512 * 2**20
+_resident_after_drop = [resident_bytes()]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Drops compiled programs, megabytes each: at a module's end, and when they are many."""
+    grown = (resident_bytes() or 0) - (_resident_after_drop[0] or 0) > _CODE_BYTES
+    if grown or nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+        _resident_after_drop[0] = resident_bytes()
+
+
 @pytest.fixture(scope="session")
 def assert_close():
-    """Asserts that trees agree within a named tolerance, relative to each leaf's largest entry."""
+    """Asserts that trees agree within a named tolerance, relative to each leaf's largest entry.
 
-    def check(actual, expected, tolerance: str) -> None:
-        relative = TOLERANCES[tolerance] * PLATFORM_FACTOR[jax.default_backend()]
+    `rounding` is added for what is known to cancel: an estimate from eps and the terms' size.
+    """
+
+    def check(actual, expected, tolerance: str, rounding: float = 0.0) -> None:
+        relative = (TOLERANCES[tolerance] + rounding) * PLATFORM_FACTOR[jax.default_backend()]
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
         for (path, got), wanted in pairs:
@@ -53,6 +118,26 @@ def assert_close():
             )
 
     return check
+
+
+@pytest.fixture(scope="session")
+def with_signs_of():
+    """Turns components of factors to the signs of others.
+
+    A component's sign is that of its largest entry in the whitened space; where two entries are
+    the largest, rounding chooses between them.
+    """
+
+    def turn(expected, got):
+        if not isinstance(got, LowRank):
+            return got
+        sign = np.sign((np.asarray(got.left) * np.asarray(expected.left)).sum(-2, keepdims=True))
+        return LowRank(got.left * sign, got.right * sign.swapaxes(-1, -2), got.bias)
+
+    def align(expected, got):
+        return jax.tree.map(turn, expected, got, is_leaf=lambda leaf: isinstance(leaf, LowRank))
+
+    return align
 
 
 @pytest.fixture(scope="session")

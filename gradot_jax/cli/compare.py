@@ -9,8 +9,7 @@ from gradot_jax.cli.common import OnDevices, check_comparison, check_distinct, d
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gradot_jax.comparison.task import FineTuning
-    from gradot_jax.comparison.testbed import Testbed
+    from gradot_jax.comparison.testbed import FineTuning, Testbed
     from gradot_jax.parallel import DeviceMesh
 
 _ONLY_WITH_A_MODEL = ("data", "limit", "calibration", "sequence_length", "epochs")
@@ -102,7 +101,7 @@ class Compare(OnDevices):
 
     def run(self) -> None:
         """Executes the command."""
-        from gradot_jax.comparison.variants import check_methods, subjects
+        from gradot_jax.comparison.variants import cases, check_methods
 
         methods = _names(self.methods)
         budgets = _numbers("budgets", self.budgets)
@@ -116,13 +115,13 @@ class Compare(OnDevices):
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {value}")
         check_methods(methods)
-        subjects(methods, budgets, range(self.draws))
+        cases(methods, budgets, range(self.draws))
         check_comparison(self.out)
         tasks = self._task_names()
         check_distinct("tasks", tasks)
-        from gradot_jax.comparison.run import Grid, run_comparison
+        from gradot_jax.comparison.grid import Grid, run_comparison
         from gradot_jax.comparison.variants import shortened
-        from gradot_jax.offsite.split import AdapterSpec
+        from gradot_jax.models.split import AdapterSpec
 
         grid = Grid(
             methods=methods,
@@ -164,21 +163,22 @@ class Compare(OnDevices):
         return dataclasses.replace(tuning, warmup=min(tuning.warmup, tuning.steps - 1))
 
     def _bundled(self, tasks: tuple[str, ...]) -> "Testbed":
-        from gradot_jax.demo.tasks import FINE_TUNING
-        from gradot_jax.demo.testbed import bundled_testbed
+        from gradot_jax.demo.bundled import bundled_testbed
+        from gradot_jax.demo.bundled_tasks import FINE_TUNING
 
         tuning = {name: self._tuning(FINE_TUNING[name]) for name in tasks}
         return bundled_testbed(tasks, tuning=tuning, num_sequences=self.num_sequences or 512)
 
     def _with_model(self, names: tuple[str, ...], mesh: "DeviceMesh | None") -> "Testbed":
         from gradot_jax.cli.data import training_examples
-        from gradot_jax.comparison.questions import question_tasks, question_testbed
-        from gradot_jax.comparison.task import FineTuning
+        from gradot_jax.comparison.question_sets import question_tasks, question_testbed
+        from gradot_jax.comparison.testbed import FineTuning
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
-        from gradot_jax.models.opt.hf import checkpoint_folder, load_opt
+        from gradot_jax.models.checkpoint import load_model
+        from gradot_jax.models.weight_files import checkpoint_folder
 
         folder = checkpoint_folder(self.model, None)
-        config, params = load_opt(folder, dtype="float32", mesh=mesh)
+        config, params = load_model(folder, dtype="float32", mesh=mesh)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
         tuning = self._tuning(FineTuning(**_TUNING))

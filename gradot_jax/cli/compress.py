@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from gradot_jax.cli.common import Dtype, OnHosts, check_new, fit_batch, say
-from gradot_jax.cli.forecast import check_rooms, forecast_lines, line, memory_lines, rooms
-from gradot_jax.compression.options import CompressionOptions
+from gradot_jax.cli.forecast import check_fits, forecast_lines, line, memory_lines, needs
 from gradot_jax.errors import InputError
+from gradot_jax.methods.options import CompressionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ _SHORTEST = 128
 
 
 class _Text(NamedTuple):
-    """The owner's text.
+    """The model owner's text.
 
     Attributes:
         calibration: batches to calibrate on.
@@ -52,8 +52,8 @@ class Compress(OnHosts):
 
     Attributes:
         model: a checkpoint folder, or an id on the Hugging Face Hub.
-        calibration: text of the owner's: a .txt file, JSON lines with `text`, or with `prompt`
-            and `completion`, or the name of a dataset (`name:config@split`).
+        calibration: text of the model owner's: a .txt file, JSON lines with `text`, or with
+            `prompt` and `completion`, or the name of a dataset (`name:config@split`).
         out: folder to make.
         options: how to compress.
         num_bottom: first blocks of the model, which the data owner will train.
@@ -79,9 +79,8 @@ class Compress(OnHosts):
     model: str
     calibration: str
     out: Path
-    options: Annotated[CompressionOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=CompressionOptions
-    )
+    # Without a default: one would be `gradot`'s own values, asked for of every method.
+    options: Annotated[CompressionOptions, tyro.conf.arg(name="")]
     num_bottom: int = 2
     num_top: int = 2
     sequence_length: int | None = None
@@ -100,15 +99,17 @@ class Compress(OnHosts):
         check_new(self.out, overwrite=self.overwrite)
         if self.num_sequences < 1 or self.batch_size < 1:
             raise InputError("num_sequences and batch_size must be at least 1")
+        from gradot_jax.calibration.fidelity import gradient_fidelity
         from gradot_jax.data.records import read_records
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
-        from gradot_jax.models.opt.hf import checkpoint_folder, load_opt
-        from gradot_jax.offsite.estimate import STREAMING
-        from gradot_jax.offsite.split import AdapterSpec
+        from gradot_jax.methods.compress import run_compression
+        from gradot_jax.models.checkpoint import load_model
+        from gradot_jax.models.split import AdapterSpec
+        from gradot_jax.models.weight_files import checkpoint_folder
 
         mesh = self.device_mesh()
         folder = checkpoint_folder(self.model, self.revision)
-        config, original = load_opt(folder, memory_map=True)
+        config, original = load_model(folder, memory_map=True)
         split = AdapterSpec(self.num_bottom, self.num_top)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size)
@@ -118,42 +119,33 @@ class Compress(OnHosts):
         if self.dry_run:
             return
         params = original
-        if self.options.method not in STREAMING:
-            _, params = load_opt(folder, mesh=mesh, dtype=self.dtype)
-        with self._layers() as checkpoints:
-            self._compress(
-                folder, config, original, params, split, text, records, mesh, checkpoints
+        if not self.options.record.streams:
+            _, params = load_model(folder, mesh=mesh, dtype=self.dtype)
+        with self._scratch() as scratch:
+            result = run_compression(
+                config,
+                params,
+                split,
+                text.calibration,
+                self.options,
+                mesh=mesh,
+                checkpoints=self.checkpoints,
+                scratch=scratch,
+                progress=True,
+                dtype=self.dtype,
+                offload=self.offload,
             )
-
-    def _compress(
-        self, folder, config, original, params, split, text, records, mesh, checkpoints
-    ) -> None:
-        from gradot_jax.offsite.compress import run_compression
-        from gradot_jax.offsite.fidelity import gradient_fidelity
-
-        result = run_compression(
-            config,
-            params,
-            split,
-            text.calibration,
-            self.options,
-            mesh=mesh,
-            checkpoints=checkpoints,
-            progress=True,
-            dtype=self.dtype,
-            offload=self.offload,
-        )
-        fidelity = gradient_fidelity(
-            config, params, result.emulator, text.held_out, mesh=mesh, dtype=self.dtype
-        )
-        record = {
-            **result.calibration,
-            "fidelity": fidelity.to_values(),
-            "held_out": text.spare,
-            "data": records.digest,
-            "sequence_length": int(text.held_out[0].input_ids.shape[1]),
-        }
-        self._write(folder, config, original, result, record)
+            fidelity = gradient_fidelity(
+                config, params, result.emulator, text.held_out, mesh=mesh, dtype=self.dtype
+            )
+            record = {
+                **result.calibration,
+                "fidelity": fidelity.to_values(),
+                "held_out": text.spare,
+                "data": records.digest,
+                "sequence_length": int(text.held_out[0].input_ids.shape[1]),
+            }
+            self._write(folder, config, original, result, record)
         agreement = fidelity.adapter
         say(
             f"adapter gradient: cosine {agreement.cosine:.4f}, relative error "
@@ -178,8 +170,8 @@ class Compress(OnHosts):
         import jax
         import jax.numpy as jnp
 
-        from gradot_jax.offsite.estimate import estimate_memory
-        from gradot_jax.offsite.forecast import forecast
+        from gradot_jax.memory.estimate import estimate_memory
+        from gradot_jax.memory.forecast import forecast
 
         stored = params.shell.embed_tokens.dtype
         size, length = batches[0].input_ids.shape
@@ -196,7 +188,7 @@ class Compress(OnHosts):
             offload=self.offload,
             **shape,
         )
-        found = rooms(estimate, 1 if mesh is None else jax.local_device_count())
+        found = needs(estimate, 1 if mesh is None else jax.local_device_count())
         if self.dry_run:
             shipped = jnp.dtype(self.store_dtype or stored)
             lines = forecast_lines(
@@ -207,17 +199,16 @@ class Compress(OnHosts):
             return
         say(f"memory: about {', '.join(map(str, found))}")
         if not self.ignore_memory:
-            check_rooms(found)
+            check_fits(found)
 
     def _write(self, folder, config, original, result, record) -> None:
-        import jax.numpy as jnp
-
         from gradot_jax.evaluation.record import environment
         from gradot_jax.files.folder import output_folder
-        from gradot_jax.models.opt.params import count_params
-        from gradot_jax.offsite.bundle import save_bundle
-        from gradot_jax.offsite.digest import base_digest
+        from gradot_jax.memory.forecast import kernel_parameters
+        from gradot_jax.models.params import count_params
+        from gradot_jax.offsite.bundle import ship
         from gradot_jax.offsite.owner import BUNDLE_DIGEST, save_owner
+        from gradot_jax.offsite.sealed_folder import base_digest
         from gradot_jax.parallel import one_writer, to_host
 
         plan, emulator = result.plan, to_host(result.emulator)
@@ -226,34 +217,35 @@ class Compress(OnHosts):
             if not writes:
                 return
             with output_folder(self.out, overwrite=self.overwrite) as out:
-                record[BUNDLE_DIGEST] = save_bundle(
+                record[BUNDLE_DIGEST] = ship(
                     out / "bundle",
                     config,
+                    plan,
                     emulator,
-                    method=plan.method,
-                    attention_budget=plan.attention_budget,
-                    mlp_budget=plan.mlp_budget,
-                    shapes=plan.shapes,
                     # Of the weights as they are stored, and of the split that is shipped.
-                    base_digest=base_digest(config, original, emulator.adapter.spec),
-                    dtype=jnp.dtype(self.store_dtype or original.shell.embed_tokens.dtype).name,
+                    base_digest=base_digest(config, original, emulator.adapter.split),
+                    dtype=self.store_dtype or original.shell.embed_tokens.dtype,
                     tokenizer_from=folder,
                 )
                 save_owner(out / "owner", plan, result.scores, record)
             share = count_params(emulator) / count_params(original)
+            kept, whole = kernel_parameters(config, plan)
+            of_attention, of_mlps = plan.attention_budget, plan.mlp_budget
+            budget = f"{of_attention:.1%}"
+            if of_mlps != of_attention:
+                budget += f" of attention, {of_mlps:.1%} of the MLPs"
+            print(f"kept: {kept / whole:.1%} of the middle's kernels, budget {budget}")
             print(f"{self.out / 'bundle'}: to ship, {share:.1%} of the model's parameters")
             print(f"{self.out / 'owner'}: to keep")
 
     @contextmanager
-    def _layers(self) -> "Iterator[Path | None]":
+    def _scratch(self) -> "Iterator[Path | None]":
         """Where finished layers are kept: on disk rather than in memory, wherever that is known."""
         import jax
 
-        from gradot_jax.offsite.estimate import SCORING
-
         alone = jax.process_count() == 1
-        if self.checkpoints or not alone or self.options.method not in SCORING:
-            yield self.checkpoints
+        if self.checkpoints or not alone or not self.options.record.scores:
+            yield None
             return
         parent = self.out.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,11 @@
 from gradot_jax.data.examples import prompt_examples, text_examples
 from gradot_jax.data.records import ChoiceRecords, PromptRecords, TextRecords, read_records
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.family import ModelConfig
 from gradot_jax.nn.batch import Batch
 
 
-def example_length(config: OPTConfig, asked: int | None) -> int:
+def example_length(config: ModelConfig, asked: int | None) -> int:
     """Tokens an example at most: what was asked for, or what the model takes, up to 2,048.
 
     Raises:
@@ -20,7 +20,7 @@ def example_length(config: OPTConfig, asked: int | None) -> int:
 
 
 def examples_of(
-    tokenizer, config: OPTConfig, records: TextRecords | PromptRecords, length: int
+    tokenizer, config: ModelConfig, records: TextRecords | PromptRecords, length: int
 ) -> Batch:
     """Windows of text, or padded prompts with completions.
 
@@ -35,7 +35,7 @@ def examples_of(
         raise InputError(f"{records.source}: {error}") from None
 
 
-def training_examples(tokenizer, config: OPTConfig, source: str, asked: int | None) -> Batch:
+def training_examples(tokenizer, config: ModelConfig, source: str, asked: int | None) -> Batch:
     """Examples to train or validate on.
 
     Raises:

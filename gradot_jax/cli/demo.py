@@ -45,10 +45,10 @@ class Demo(Debuggable):
         check_distinct("tasks", self.tasks)
         if self.seeds < 1 or self.draws < 1:
             raise InputError("seeds and draws must be at least 1")
-        from gradot_jax.comparison.variants import subjects
-        from gradot_jax.demo.run import run_demo
+        from gradot_jax.comparison.variants import cases
+        from gradot_jax.demo.bundled import run_demo
 
-        subjects(self.methods, (self.budget,), range(self.draws))
+        cases(self.methods, (self.budget,), range(self.draws))
         if self.overwrite:
             for part in ("cells", "curves"):
                 shutil.rmtree(self.out / part, ignore_errors=True)

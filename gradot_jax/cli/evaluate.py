@@ -102,16 +102,17 @@ class Evaluate(OnHosts):
 
     def _load(self, mesh):
         from gradot_jax.data.tokenizer import load_tokenizer
-        from gradot_jax.models.opt.hf import checkpoint_folder, load_opt
-        from gradot_jax.models.opt.partition import shard_params
+        from gradot_jax.models.checkpoint import load_model
+        from gradot_jax.models.partition import shard_params
+        from gradot_jax.models.weight_files import checkpoint_folder
         from gradot_jax.offsite.adapter_file import load_adapter_for
-        from gradot_jax.offsite.bundle import load_bundle
+        from gradot_jax.offsite.bundle import receive
 
         if self.bundle is None:
             folder = checkpoint_folder(self.model, self.revision)
-            config, params = load_opt(folder, mesh=mesh, dtype=self.dtype)
+            config, params = load_model(folder, mesh=mesh, dtype=self.dtype)
             return config, params, load_tokenizer(folder)
-        bundle = load_bundle(self.bundle, dtype=self.dtype)
+        bundle = receive(self.bundle, dtype=self.dtype, with_tokenizer=False)
         tuned = None
         if self.adapter is not None:
             tuned = load_adapter_for(self.adapter, bundle, dtype=self.dtype)

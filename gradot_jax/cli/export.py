@@ -8,10 +8,11 @@ from gradot_jax.cli.common import Debuggable, check_new
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Debuggable):
-    """Writes a bundle's emulator as a standard Hugging Face OPT checkpoint.
+    """Writes a bundle's emulator as a standard Hugging Face checkpoint.
 
     Factors are multiplied back and pruned channels padded with zeros, so the logits are the
-    emulator's and any program that reads OPT reads it. It is as large as a model of that depth.
+    emulator's and any program that reads the original reads it. It is as large as a model of
+    that depth.
 
     Example: gradot export --bundle opt-1.3b-offsite/bundle --out emulator
 
@@ -30,15 +31,18 @@ class Export(Debuggable):
     def run(self) -> None:
         """Executes the command."""
         check_new(self.out, overwrite=self.overwrite)
-        from gradot_jax.models.opt.hf import save_opt
+        from gradot_jax.models.checkpoint import save_model
         from gradot_jax.offsite.adapter_file import load_adapter_for
-        from gradot_jax.offsite.bundle import load_bundle
+        from gradot_jax.offsite.bundle import receive
         from gradot_jax.offsite.export import export_params
 
-        bundle = load_bundle(self.bundle)
+        bundle = receive(self.bundle, with_tokenizer=False)
         tuned = None
         if self.adapter is not None:
             tuned = load_adapter_for(self.adapter, bundle, dtype=bundle.manifest.dtype)
         config, params = export_params(bundle.config, bundle.emulator.assemble(tuned))
-        save_opt(self.out, config, params, tokenizer_from=self.bundle, overwrite=self.overwrite)
-        print(f"{self.out}: the emulator as a dense OPT of {config.num_hidden_layers} layers")
+        save_model(self.out, config, params, tokenizer_from=self.bundle, overwrite=self.overwrite)
+        print(
+            f"{self.out}: the emulator as a dense {config.family.label} of "
+            f"{config.num_hidden_layers} layers"
+        )

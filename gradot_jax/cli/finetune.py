@@ -88,12 +88,12 @@ class Finetune(OnHosts):
         from gradot_jax.cli.data import training_examples
         from gradot_jax.data.examples import epoch_batches, eval_batches
         from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
+        from gradot_jax.files.digest import tree_digest
         from gradot_jax.offsite.adapter_file import save_adapter
-        from gradot_jax.offsite.bundle import load_bundle
-        from gradot_jax.offsite.checkpoint import tree_digest
-        from gradot_jax.offsite.finetune import finetune_adapter
-        from gradot_jax.offsite.optimizer import make_optimizer
+        from gradot_jax.offsite.bundle import receive
         from gradot_jax.parallel import one_writer, to_host
+        from gradot_jax.training.adapter import finetune_adapter
+        from gradot_jax.training.optimizer import make_optimizer
 
         mesh = self.device_mesh()
         updates = self.num_steps // self.accumulate
@@ -107,7 +107,7 @@ class Finetune(OnHosts):
             clip_norm=self.clip_norm,
             accumulate=self.accumulate,
         )
-        bundle = load_bundle(self.bundle, dtype="float32")
+        bundle = receive(self.bundle, dtype="float32", with_tokenizer=False)
         tokenizer = load_tokenizer(self.bundle)
         check_vocabulary(tokenizer, bundle.config.vocab_size)
         examples = training_examples(tokenizer, bundle.config, self.train, self.sequence_length)

@@ -10,14 +10,14 @@ from gradot_jax.compression.plan import HarmonizerShape, LayerShape
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gradot_jax.offsite.estimate import MemoryEstimate
-    from gradot_jax.offsite.forecast import Forecast
+    from gradot_jax.memory.estimate import MemoryEstimate
+    from gradot_jax.memory.forecast import Forecast
 
 _MIB = 2**20
 
 
-class Room(NamedTuple):
-    """Memory of one place.
+class Need(NamedTuple):
+    """Memory that is needed in one place.
 
     Attributes:
         place: in words.
@@ -35,14 +35,14 @@ class Room(NamedTuple):
         return f"{mebibytes(self.needed)}{known} {self.place}"
 
 
-def rooms(estimate: "MemoryEstimate", num_local_devices: int) -> list[Room]:
+def needs(estimate: "MemoryEstimate", num_local_devices: int) -> list[Need]:
     """What an estimate asks of each place, and what there is.
 
     Args:
         estimate: of a compression.
         num_local_devices: of this process.
     """
-    from gradot_jax.offsite.available import (
+    from gradot_jax.memory.available import (
         available_device_bytes,
         available_host_bytes,
         devices_share_host,
@@ -50,19 +50,19 @@ def rooms(estimate: "MemoryEstimate", num_local_devices: int) -> list[Room]:
 
     if devices_share_host():
         needed = estimate.shared_host(num_local_devices)
-        return [Room("on the host", needed, available_host_bytes())]
+        return [Need("on the host", needed, available_host_bytes())]
     return [
-        Room("on the host", estimate.host, available_host_bytes()),
-        Room("on each device", estimate.device, available_device_bytes()),
+        Need("on the host", estimate.host, available_host_bytes()),
+        Need("on each device", estimate.device, available_device_bytes()),
     ]
 
 
-def check_rooms(found: list[Room]) -> None:
+def check_fits(found: list[Need]) -> None:
     """Raises InputError where an estimate exceeds what is available, with what helps."""
-    for room in found:
-        if room.available is not None and room.needed > room.available:
+    for need in found:
+        if need.available is not None and need.needed > need.available:
             raise InputError(
-                f"the compression would take about {room}; --offload on an accelerator, a smaller "
+                f"the compression would take about {need}; --offload on an accelerator, a smaller "
                 "--num-sequences, --batch-size or --sequence-length, --dtype bfloat16, or a --mesh "
                 "over more devices needs less, and --ignore-memory tries it as it is"
             )
@@ -79,17 +79,19 @@ def forecast_lines(outlook: "Forecast", dtype: str, itemsize: int) -> list[str]:
     layers = [
         f"{number} x {_shape_text(shape)}" for shape, number in Counter(outlook.shapes).items()
     ]
-    kept = f"{outlook.kept:,} of the middle's {outlook.middle:,}"
+    kept = f"{outlook.kept_kernels:,} of the middle's {outlook.middle_kernels:,}"
+    others = f"{outlook.kept - outlook.kept_kernels:,} beside these"
     shipped = f"{outlook.shipped:,} of {outlook.original:,}"
     return [
         line("emulator", "; ".join(layers) or "no layer"),
-        line("parameters kept", f"{kept} ({outlook.kept / outlook.middle:.1%})"),
+        line("kernels kept", f"{kept} ({outlook.kept_kernels / outlook.middle_kernels:.1%})"),
+        line("biases and norms", others),
         line("parameters shipped", f"{shipped} ({outlook.shipped / outlook.original:.1%})"),
         line("bundle", f"{mebibytes(outlook.shipped * itemsize)} in {dtype}"),
     ]
 
 
-def memory_lines(estimate: "MemoryEstimate", found: list[Room]) -> list[str]:
+def memory_lines(estimate: "MemoryEstimate", found: list[Need]) -> list[str]:
     """Each part of an estimate, and the totals."""
     parts = [
         line(f"{place}: {name}", mebibytes(size))
@@ -97,7 +99,7 @@ def memory_lines(estimate: "MemoryEstimate", found: list[Room]) -> list[str]:
         for name, size in estimate.parts(place).items()
         if size
     ]
-    return [*parts, *(line("at the peak", str(room)) for room in found)]
+    return [*parts, *(line("at the peak", str(need)) for need in found)]
 
 
 def mebibytes(size: int) -> str:

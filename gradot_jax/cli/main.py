@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from gradot_jax import __version__
 from gradot_jax.cli.common import Debuggable
 from gradot_jax.cli.compare import Compare
 from gradot_jax.cli.compress import Compress
@@ -41,10 +42,12 @@ The owner of a model compresses its middle and ships a bundle (compress); the ow
 the adapter in it and returns that (finetune); the model's owner puts it around the original
 middle (plug-in). Everything in between can be measured (evaluate), looked at (inspect) and turned
 into a plain checkpoint (export). `gradot demo` shows all of it on a small bundled model, and
-`gradot compare` measures every method, on that model or on any other.
+`gradot compare` measures every method, on that model or on any other. `gradot --version` says which
+version this is.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused input (of a comparison: some of it), 130
-interrupted, 143 interrupted with its state saved."""
+interrupted, 143 told to end (fine-tuning saves its state, compression what it has in
+--checkpoints)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("gradot_jax").setLevel(logging.INFO)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = None
+    if arguments == ["--version"]:
+        print(f"gradot {__version__}")
+        return DONE
     try:
         command = tyro.cli(
             Command,

@@ -3,7 +3,6 @@
 A cell is a JSON file named by a digest of its settings, so other settings are other cells.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import gradot_jax
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment, write_result
+from gradot_jax.files.digest import json_digest
 
 _NOT_IN_JSON = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
@@ -36,8 +36,7 @@ class CellStore:
                 of the program, which is added.
         """
         versioned = {"gradot_jax": gradot_jax.__version__, **settings}
-        canonical = json.dumps(versioned, sort_keys=True).encode()
-        return self.folder / f"{name}-{hashlib.sha256(canonical).hexdigest()[:12]}.json"
+        return self.folder / f"{name}-{json_digest(versioned)[:12]}.json"
 
     def get(
         self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]

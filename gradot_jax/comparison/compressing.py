@@ -3,28 +3,29 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from gradot_jax.calibration.fidelity import gradient_fidelity
 from gradot_jax.comparison.cells import CellStore
-from gradot_jax.comparison.memory import (
+from gradot_jax.comparison.testbed import Testbed
+from gradot_jax.comparison.variants import Case, variant_options
+from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
+from gradot_jax.files.digest import tree_digest
+from gradot_jax.memory.process import (
     peak_device_bytes,
     peak_resident_bytes,
     reset_peak,
     resident_bytes,
 )
-from gradot_jax.comparison.shares import share_shipped, share_verbatim
-from gradot_jax.comparison.testbed import Testbed
-from gradot_jax.comparison.variants import Subject, variant_options
-from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
-from gradot_jax.offsite.bundle import load_bundle, save_bundle
-from gradot_jax.offsite.checkpoint import tree_digest
-from gradot_jax.offsite.compress import Compression, run_compression
-from gradot_jax.offsite.emulator import SplitModel
-from gradot_jax.offsite.fidelity import gradient_fidelity
+from gradot_jax.methods.compress import Compression, run_compression
+from gradot_jax.models.params import Params, Shared, count_params
+from gradot_jax.models.split import SplitModel
+from gradot_jax.offsite.emulator import Emulator
 
 
 class CompressionCell:
@@ -34,13 +35,13 @@ class CompressionCell:
         bed: what it runs on.
         store: where its record and its bundle lie.
         model: digest of the testbed's weights.
-        subject: no reference.
+        case: no reference.
     """
 
-    def __init__(self, bed: Testbed, store: CellStore, model: str, subject: Subject):
-        self._bed, self._store, self._subject = bed, store, subject
-        self._options = variant_options(subject, bed.training)
-        self._batches = list(bed.calibration(subject.draw or 0))
+    def __init__(self, bed: Testbed, store: CellStore, model: str, case: Case):
+        self._bed, self._store, self._case = bed, store, case
+        self._options = variant_options(case, bed.training)
+        self._batches = list(bed.calibration(case.draw or 0))
         self._emulator: SplitModel | None = None
         self.settings: Mapping[str, Any] = {
             "cell": "compression",
@@ -53,7 +54,7 @@ class CompressionCell:
 
     @property
     def _name(self) -> str:
-        return f"compression-{self._subject.label}"
+        return f"compression-{self._case.label}"
 
     @property
     def bundle(self) -> Path:
@@ -73,8 +74,10 @@ class CompressionCell:
         """The emulator as the data owner loads it."""
         if self._emulator is None:
             if not self.bundle.is_dir():
-                self._save(self._run())
-            self._emulator = load_bundle(self.bundle).emulator
+                self._ship(self._run())
+            from gradot_jax.offsite.bundle import receive
+
+            self._emulator = receive(self.bundle, with_tokenizer=False).emulator
         return self._emulator
 
     def drop(self) -> None:
@@ -89,9 +92,8 @@ class CompressionCell:
         seconds = time.perf_counter() - began
         peak = None if before is None else peak_resident_bytes()
         device_peak = peak_device_bytes()
-        self._save(compression)
-        emulator = self.emulator()
-        fidelity = gradient_fidelity(bed.config, bed.params, emulator, bed.held_out)
+        self._ship(compression)
+        fidelity = gradient_fidelity(bed.config, bed.params, self.emulator(), bed.held_out)
         return {
             "share_shipped": share_shipped(bed.params, compression.emulator),
             "share_verbatim": share_verbatim(bed.params, compression.emulator),
@@ -101,9 +103,9 @@ class CompressionCell:
             "loss_gap": fidelity.loss_gap,
             "seconds": seconds,
             "peak_host_bytes": peak,
-            "added_host_bytes": None if peak is None else peak - before,
+            "added_host_bytes": None if before is None or peak is None else peak - before,
             "peak_device_bytes": device_peak,
-            "adapter": dataclasses.asdict(compression.emulator.adapter.spec),
+            "adapter": dataclasses.asdict(compression.emulator.adapter.split),
             "kept": [_kept(layer) for layer in compression.plan.layers],
         }
 
@@ -115,16 +117,14 @@ class CompressionCell:
         jax.block_until_ready(result.emulator)
         return result
 
-    def _save(self, compression: Compression) -> None:
-        plan = compression.plan
-        save_bundle(
+    def _ship(self, compression: Compression) -> None:
+        from gradot_jax.offsite.bundle import ship
+
+        ship(
             self.bundle,
             self._bed.config,
+            compression.plan,
             compression.emulator,
-            method=plan.method,
-            attention_budget=plan.attention_budget,
-            mlp_budget=plan.mlp_budget,
-            shapes=plan.shapes,
             overwrite=True,
         )
 
@@ -135,3 +135,62 @@ def _kept(layer: LayerPlan | HarmonizerPlan) -> dict[str, Any]:
         return {"layer": layer.layer, "harmonizer": layer.rank}
     ranks = {site: None if kept is None else len(kept) for site, kept in layer.components}
     return {"layer": layer.layer, "ranks": ranks, "channels": len(layer.channels)}
+
+
+def share_shipped(params: Params, emulator: Emulator) -> float:
+    """Parameters of an emulator over those of the original; what runs twice counts once."""
+    return count_params(emulator) / count_params(params)
+
+
+def share_verbatim(params: Params, emulator: Emulator) -> float:
+    """Share of the original's parameters that are shipped unchanged, read from the arrays.
+
+    An array of the original counts where an array of the same site holds the same bits, and of a
+    matrix also the rows or columns that a matrix of the same site holds: pruned MLPs keep whole
+    channels. Where in the model the shipped array runs does not matter.
+    """
+    shipped: dict[str, list[np.ndarray]] = {}
+    for name, array in _arrays(emulator.shell, (*emulator.adapter.stacks, *emulator.middle)):
+        shipped.setdefault(name, []).append(array)
+    known = {name: _Known(arrays) for name, arrays in shipped.items()}
+    found = sum(
+        known[name].count(array)
+        for name, array in _arrays(params.shell, params.segments)
+        if name in known
+    )
+    return found / count_params(params)
+
+
+class _Known:
+    """Shipped arrays of one site, by digests of their contents."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        matrices = [array for array in arrays if array.ndim == 2]
+        self._whole = {_digest(array) for array in arrays}
+        self._rows = {_digest(row) for matrix in matrices for row in matrix}
+        self._columns = {_digest(column) for matrix in matrices for column in matrix.T}
+
+    def count(self, array: np.ndarray) -> int:
+        """Parameters of an original array that are among the shipped ones."""
+        if _digest(array) in self._whole:
+            return array.size
+        if array.ndim != 2:
+            return 0
+        rows = sum(_digest(row) in self._rows for row in array) * array.shape[1]
+        columns = sum(_digest(column) in self._columns for column in array.T) * array.shape[0]
+        return max(rows, columns)
+
+
+def _digest(array: np.ndarray) -> int:
+    return hash((array.shape, array.tobytes()))
+
+
+def _arrays(shell, segments) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of single layers, named by site alone."""
+    for path, leaf in jax.tree.leaves_with_path(shell):
+        yield f"shell{jax.tree_util.keystr(path)}", np.asarray(leaf)
+    for segment in segments:
+        stored = segment.blocks if isinstance(segment, Shared) else segment
+        for path, leaf in jax.tree.leaves_with_path(stored):
+            for array in np.asarray(leaf):
+                yield jax.tree_util.keystr(path), array

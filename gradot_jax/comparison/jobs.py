@@ -2,36 +2,17 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradot_jax.comparison.cells import CellStore
-from gradot_jax.comparison.task import Task
-from gradot_jax.comparison.testbed import Testbed
-from gradot_jax.comparison.tuning import tune
-from gradot_jax.comparison.variants import REFERENCES, Subject
-from gradot_jax.offsite.emulator import SplitModel
-from gradot_jax.offsite.finetune import DivergenceError
+from gradot_jax.comparison.testbed import Task, Testbed
+from gradot_jax.comparison.tuning import Tuned, tune
+from gradot_jax.comparison.variants import REFERENCES, Case
+from gradot_jax.models.split import SplitModel
 from gradot_jax.offsite.plug_in import plug_in
-from gradot_jax.offsite.split import Adapter
-
-
-class Tuned(NamedTuple):
-    """A finished fine-tuning.
-
-    Attributes:
-        adapter: the best by development loss.
-        loss: that loss, nats per counted target.
-        step: at which it was, 0 for the adapter as it was shipped.
-        seconds: of the tuning.
-    """
-
-    adapter: Adapter
-    loss: float
-    step: int
-    seconds: float
+from gradot_jax.training.loop import DivergenceError
 
 
 class Job(NamedTuple):
@@ -41,7 +22,7 @@ class Job(NamedTuple):
         bed: the testbed.
         store: of the cells.
         curves: folder of the histories of the runs.
-        subject: what made the emulator.
+        case: what made the emulator.
         task: one of the testbed's.
         origin: settings that the emulator depends on.
         emulator: loads or makes it; not called where every cell is there.
@@ -50,7 +31,7 @@ class Job(NamedTuple):
     bed: Testbed
     store: CellStore
     curves: Path
-    subject: Subject
+    case: Case
     task: Task
     origin: Mapping[str, Any]
     emulator: Callable[[], SplitModel]
@@ -58,18 +39,18 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """For files and logs."""
-        return f"{self.subject.label}-{self.task.name}"
+        return f"{self.case.label}-{self.task.name}"
 
     @property
     def is_reference(self) -> bool:
         """Whether it is the full model that is tuned."""
-        return self.subject.method in REFERENCES
+        return self.case.method in REFERENCES
 
     @property
     def settings(self) -> dict[str, Any]:
         """What its fine-tuning runs depend on, but for seed and rate."""
         return {
-            "method": self.subject.method,
+            "method": self.case.method,
             "origin": self.origin,
             "split": dataclasses.asdict(self.bed.split),
             "task": task_identity(self.task),
@@ -92,7 +73,7 @@ def zero_shot(job: Job) -> dict[str, float]:
     """Metrics of the emulator as it was shipped."""
     settings = {
         "cell": "zero-shot",
-        "method": job.subject.method,
+        "method": job.case.method,
         "origin": job.origin,
         "metric": job.task.metric,
         "test": job.task.test_digest,
@@ -181,9 +162,7 @@ def _measure_tuned(job: Job, seed: int, factor: float, tuned: Tuned | None) -> d
 
 
 def _tune(job: Job, seed: int, factor: float) -> Tuned:
-    began = time.perf_counter()
     settings = {**job.settings, "seed": seed, "factor": factor}
     name = job.store.path(f"{job.name}-seed{seed}-x{factor:g}", settings).stem
     curve = job.curves / f"{name}.jsonl"
-    tuned = tune(job.bed, job.emulator(), job.task, seed=seed, factor=factor, curve=curve)
-    return Tuned(*tuned, time.perf_counter() - began)
+    return tune(job.bed, job.emulator(), job.task, seed=seed, factor=factor, curve=curve)

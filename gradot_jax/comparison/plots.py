@@ -8,7 +8,7 @@ import numpy as np
 
 from gradot_jax.comparison.summary import planned, select, summarise, summarise_compressions
 from gradot_jax.comparison.variants import REFERENCES
-from gradot_jax.offsite.split import AdapterSpec
+from gradot_jax.models.split import AdapterSpec
 
 _MARKERS = "osDvP*X<>"
 
@@ -45,7 +45,7 @@ def draw_utility_privacy(path: Path, result: Mapping[str, Any]) -> None:
         axis.axline((plugged, plugged), slope=1, color="lightgrey", label="Delta = 0")
         axis.set_xlim(limits)
         axis.set_xlabel("emulator tuned (what the data owner holds)")
-        axis.set_ylabel("plug-in (what the model's owner gets)")
+        axis.set_ylabel("plug-in (what the model owner gets)")
         axis.set_title(task["label"], fontsize=10)
         if not task["higher_is_better"]:
             axis.invert_xaxis()
@@ -103,9 +103,9 @@ def draw_kept(path: Path, result: Mapping[str, Any]) -> None:
 def _kept_per_layer(result: Mapping[str, Any], compression: Mapping[str, Any]) -> np.ndarray:
     """Mean ranks and channels `[2, L]`, NaN at the adapter's blocks."""
     model, adapter = result["model"], compression["adapter"]
-    spec = AdapterSpec(**{**adapter, "inner": tuple(adapter["inner"])})
+    split = AdapterSpec(**{**adapter, "inner": tuple(adapter["inner"])})
     values = np.full((2, model["layers"]), np.nan)
-    values[:, list(spec.middle_layers(model["layers"]))] = 0
+    values[:, list(split.middle_layers(model["layers"]))] = 0
     for layer in (kept for kept in compression["kept"] if "ranks" in kept):
         ranks = [model["width"] if rank is None else rank for rank in layer["ranks"].values()]
         values[:, layer["layer"]] = np.mean(ranks), layer["channels"]
@@ -128,8 +128,10 @@ def _save(pyplot, figure, path: Path) -> None:
 
 
 def _colours(result: Mapping[str, Any]) -> dict[str, Any]:
+    from matplotlib import color_sequences
+
     methods = [name for name, _ in planned(result) if name not in REFERENCES]
-    shades = _pyplot().get_cmap("tab20").colors
+    shades = color_sequences["tab20"]
     return {name: shades[i % 20] for i, name in enumerate(dict.fromkeys(methods))}
 
 

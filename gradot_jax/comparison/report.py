@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from gradot_jax.comparison.plots import draw_gradient_error, draw_kept, draw_utility_privacy
-from gradot_jax.comparison.statistics import Estimate, Interval
 from gradot_jax.comparison.summary import (
     PAIRED,
     QUANTITIES,
+    Estimate,
+    Interval,
     paired_differences,
     select,
     summarise,
     summarise_compressions,
+    validity,
 )
-from gradot_jax.comparison.validity import validity
 from gradot_jax.comparison.variants import BASELINE
 from gradot_jax.evaluation.record import write_result
 

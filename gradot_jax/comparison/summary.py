@@ -1,14 +1,17 @@
-"""What the rows of a comparison say: means over runs, and differences paired by seed.
+"""What the rows of a comparison say: means, differences paired by seed, and V1 to V3.
 
 Runs on one draw of calibration text share that draw, so with several draws each draw's mean is
 one observation; with one draw each seed is.
 """
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from gradot_jax.comparison.statistics import estimate, paired_interval
-from gradot_jax.comparison.variants import BASELINE
+from scipy.special import stdtrit
+
+from gradot_jax.comparison.variants import BASELINE, FLOOR, REFERENCES, same_system
 
 QUANTITIES = {
     "zero_shot": (),
@@ -31,11 +34,42 @@ COSTS = (
     "added_host_bytes",
 )
 PAIRED = ("plug_in", "emulator_finetuned", "delta")
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over runs.
+
+    Attributes:
+        mean: the mean.
+        error: its standard error; None of a single run.
+        count: runs.
+    """
+
+    mean: float
+    error: float | None
+    count: int
+
+
+class Interval(NamedTuple):
+    """A mean difference with its confidence interval by Student's t.
+
+    Attributes:
+        mean: the mean.
+        low: lower end; None of a single pair.
+        high: upper end; None of a single pair.
+        count: pairs.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
 
 
 def planned(result: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     """Methods and budgets of the grid, finished or not."""
-    return list(dict.fromkeys((s["method"], s["budget"]) for s in result["subjects"]))
+    return list(dict.fromkeys((c["method"], c["budget"]) for c in result["cases"]))
 
 
 def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -95,6 +129,56 @@ def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return differences
 
 
+def validity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The three checks for every task on which the empty middle was run.
+
+    V1: tuning the full model improves on zero-shot by the task's threshold. V2: with an empty
+    middle the tuned model is worse by the task's threshold than the full model tuned, so what is
+    asked for sits in the middle. V3: the plug-in beats the tuned emulator (Delta > 0) for every
+    method at every budget, and the interval of each paired difference between the plug-ins of
+    another system and of `gradot` excludes 0; `random` counts for neither, and V3 is None where
+    there is no interval.
+
+    Args:
+        result: of a comparison.
+    """
+    summary, pairs = summarise(result), paired_differences(result)
+    checks = {}
+    for name, task in result["tasks"].items():
+        rows = select(summary, task=name)
+        floor = [row for row in rows if row["method"] == FLOOR and row["runs"]]
+        if not floor or floor[0]["full_finetuned"] is None:
+            continue
+        zero, full, empty = (
+            floor[0][q].mean for q in ("zero_shot", "full_finetuned", "emulator_finetuned")
+        )
+        left_out = (FLOOR, "random", *REFERENCES)
+        others = [r for r in rows if r["method"] not in left_out and r["delta"]]
+        checks[name] = {
+            "V1": _check(_gain(task, zero, full), task["validity"]["gain"]),
+            "V2": _check(_loss(task, full, empty), task["validity"]["loss"]),
+            "V3": _v3(others, select(pairs, task=name)),
+        }
+    return checks
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of at least one value; a value that is not finite spoils both."""
+    count = len(values)
+    if count == 1 or not all(map(math.isfinite, values)):
+        return Estimate(sum(values) / count, None, count)
+    return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(count), count)
+
+
+def paired_interval(differences: Sequence[float]) -> Interval:
+    """Mean of at least one difference, with its 95 % interval."""
+    mean, error, count = estimate(differences)
+    if error is None:
+        return Interval(mean, None, None, count)
+    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+    return Interval(mean, mean - reach, mean + reach, count)
+
+
 def select(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Mapping[str, Any]]:
     """Rows whose fields have these values."""
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
@@ -125,3 +209,32 @@ def _partner(
 ) -> Mapping[str, Any] | None:
     found = [r for r in rows if r["seed"] == other["seed"] and r["draw"] in (other["draw"], None)]
     return found[0] if found else None
+
+
+def _gain(task: Mapping[str, Any], zero: float, full: float) -> float:
+    return full - zero if task["higher_is_better"] else 1 - full / zero
+
+
+def _loss(task: Mapping[str, Any], full: float, empty: float) -> float:
+    return full - empty if task["higher_is_better"] else empty / full - 1
+
+
+def _check(got: float, threshold: float) -> dict[str, Any]:
+    return {"holds": got >= threshold, "got": got, "threshold": threshold}
+
+
+def _v3(rows, pairs) -> dict[str, Any]:
+    negative = [f"{r['method']} {r['budget']:g}" for r in rows if not r["delta"].mean > 0]
+    others = {row["method"] for row in rows if not same_system(row["method"], BASELINE)}
+    intervals = {
+        f"{p['method']} {p['budget']:g}": p["plug_in"] for p in pairs if p["method"] in others
+    }
+    untested = [name for name, i in intervals.items() if i.low is None]
+    level = [name for name, i in intervals.items() if i.low is not None and i.low <= 0 <= i.high]
+    fails = negative or level or not rows
+    return {
+        "holds": False if fails else None if untested or not intervals else True,
+        "delta_not_positive": negative,
+        "level_with_gradot": level,
+        "not_tested": untested,
+    }

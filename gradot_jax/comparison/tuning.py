@@ -2,24 +2,20 @@
 
 import functools
 import json
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gradot_jax.comparison.task import FineTuning, Task
-from gradot_jax.comparison.testbed import Testbed
+from gradot_jax.comparison.testbed import FineTuning, Task, Testbed
 from gradot_jax.data.examples import epoch_batches, eval_batches
-from gradot_jax.models.opt.params import (
-    Params,
-    concatenate_blocks,
-    slice_blocks,
-)
-from gradot_jax.offsite.emulator import SplitModel
-from gradot_jax.offsite.finetune import finetune_adapter
-from gradot_jax.offsite.optimizer import make_optimizer
-from gradot_jax.offsite.split import Adapter
+from gradot_jax.models.params import Params, concatenate_blocks, slice_blocks
+from gradot_jax.models.split import Adapter, SplitModel
+from gradot_jax.training.adapter import finetune_adapter
+from gradot_jax.training.optimizer import make_optimizer
 
 
 class RatedOptimizer(optax.GradientTransformation):
@@ -66,9 +62,25 @@ def _optimizer(tuning: FineTuning) -> optax.GradientTransformation:
     return optax.chain(adam, optax.inject_hyperparams(optax.scale)(step_size=1.0))
 
 
+class Tuned(NamedTuple):
+    """A finished fine-tuning.
+
+    Attributes:
+        adapter: the best by development loss.
+        loss: that loss, nats per counted target.
+        step: at which it was, 0 for the adapter as it was shipped.
+        seconds: of the tuning.
+    """
+
+    adapter: Adapter
+    loss: float
+    step: int
+    seconds: float
+
+
 def tune(
     bed: Testbed, emulator: SplitModel, task: Task, *, seed: int, factor: float, curve: Path
-) -> tuple[Adapter, float, int]:
+) -> Tuned:
     """Tunes the adapter of an emulator on a task.
 
     Args:
@@ -79,13 +91,10 @@ def tune(
         factor: on the task's learning rate.
         curve: file to write the history to.
 
-    Returns:
-        The best adapter by development loss, that loss in nats per counted target, and its step.
-
     Raises:
         DivergenceError: when a loss or gradient is not finite.
     """
-    tuning = task.tuning
+    tuning, began = task.tuning, time.perf_counter()
     adapter = finetune_adapter(
         bed.config,
         emulator,
@@ -100,7 +109,7 @@ def tune(
     )
     records = map(json.loads, curve.read_text(encoding="utf-8").splitlines())
     loss, step = min((r["validation_loss"], r["step"]) for r in records if "validation_loss" in r)
-    return adapter, loss, step
+    return Tuned(adapter=adapter, loss=loss, step=step, seconds=time.perf_counter() - began)
 
 
 def all_blocks(params: Params) -> SplitModel:

@@ -1,16 +1,13 @@
-"""What is compared: names for settings of the compression, readable without JAX."""
+"""What is compared: methods at budgets, and the full model; readable without JAX."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradot_jax.compression.options import (
-    CompressionOptions,
-    DistillationOptions,
-    ScaleOTOptions,
-    check_budget,
-)
+from gradot_jax.compression.budget import check_budget
 from gradot_jax.errors import InputError
+from gradot_jax.methods.options import CompressionOptions, DistillationOptions, ScaleOTOptions
+from gradot_jax.methods.table import METHODS
 
 BASELINE = "gradot"
 """The method that the others are paired with."""
@@ -22,43 +19,12 @@ FULL, FULL_ALL = "full-finetune", "full-finetune-all"
 REFERENCES = (FULL, FULL_ALL)
 """Training the adapter's blocks, and all blocks, of the full model: upper bounds."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "gradot": {"method": "gradot"},
-    "gradot-global": {"method": "gradot", "allocation": "global"},
-    "gradot-refit": {"method": "gradot", "compensate_mlp": "refit"},
-    "gradot-quadratic": {
-        "method": "gradot",
-        "attention_score": "quadratic",
-        "channel_score": "token-fisher",
-        "allocation": "global",
-    },
-    "gradot+": {
-        "method": "gradot",
-        "attention_basis": "whitened",
-        "channel_score": "token-fisher",
-        "allocation": "global",
-    },
-    "magnitude": {"method": "magnitude"},
-    "activation-svd": {"method": "activation-svd"},
-    "random": {"method": "random"},
-    "layer-drop": {"method": "layer-drop"},
-    "offsite-tuning": {"method": "offsite-tuning"},
-    "crash": {"method": "crash"},
-    "crash-own": {"method": "crash", "adapter": "own"},
-    "scaleot": {"method": "scaleot"},
-    "scaleot-own": {"method": "scaleot", "adapter": "own"},
-    "empty": {"method": "empty"},
-}
-"""Fields of `CompressionOptions` by name; `gradot` is the paper's formulas."""
 
-_SAME_ON_EVERY_DRAW = {"magnitude", "layer-drop", "empty"}
-
-
-class Subject(NamedTuple):
+class Case(NamedTuple):
     """One compression, or one way of training the full model.
 
     Attributes:
-        method: of `VARIANTS` or `REFERENCES`.
+        method: of `METHODS` or `REFERENCES`.
         budget: share of the middle's parameters to keep; None where there is no choice.
         draw: seed of the calibration text and of all that the method draws; None where the method
             reads none.
@@ -77,7 +43,7 @@ class Subject(NamedTuple):
 
 def check_methods(names: Sequence[str]) -> None:
     """Raises InputError unless every name is known and none is given twice."""
-    known = (*REFERENCES, *VARIANTS)
+    known = (*REFERENCES, *METHODS)
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
         raise InputError(
@@ -86,50 +52,61 @@ def check_methods(names: Sequence[str]) -> None:
         )
 
 
-def subjects(
-    methods: Sequence[str], budgets: Sequence[float], draws: Sequence[int]
-) -> list[Subject]:
-    """Every subject, the references first: all others are measured against them."""
+def cases(methods: Sequence[str], budgets: Sequence[float], draws: Sequence[int]) -> list[Case]:
+    """Every case, the references first: all others are measured against them.
+
+    Args:
+        methods: of `METHODS` and `REFERENCES`.
+        budgets: for all of them but the references and the floor.
+        draws: seeds of the calibration text; a method whose result is the same on every draw runs
+            on none.
+
+    Raises:
+        InputError: for an unknown or repeated method, or a budget out of range.
+    """
     check_methods(methods)
     for budget in budgets:
         check_budget("budgets", budget)
-    found = [Subject(name) for name in REFERENCES if name in methods]
+    found = [Case(name) for name in REFERENCES if name in methods]
     for name in (name for name in methods if name not in REFERENCES):
-        fixed = VARIANTS[name]["method"] in _SAME_ON_EVERY_DRAW
+        seeds = [None] if METHODS[name].reads == "weights" else draws
         for budget in [None] if name == FLOOR else budgets:
-            found += [Subject(name, budget, draw) for draw in ([None] if fixed else draws)]
+            found += [Case(name, budget, draw) for draw in seeds]
     return found
 
 
-def shortened(training: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
+def same_system(method: str, other: str) -> bool:
+    """Whether two methods are settings of one, as `gradot` and `gradot+` are."""
+    known = method in METHODS and other in METHODS
+    return METHODS[method].compress is METHODS[other].compress if known else method == other
+
+
+def shortened(training: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The same settings of the methods that train, for another number of steps.
 
     Args:
         training: see `variant_options`.
         steps: of each.
     """
-    distillation = training.get("offsite-tuning", {}).get("distillation", DistillationOptions())
-    scaleot = training.get("scaleot", {}).get("scaleot", ScaleOTOptions())
+    distillation = training.get("distillation", DistillationOptions())
     warmup = max(min(distillation.warmup_steps, steps - 1), 0)
-    distillation = dataclasses.replace(distillation, steps=steps, warmup_steps=warmup)
+    scaleot = training.get("scaleot", ScaleOTOptions())
     return {
-        "offsite-tuning": {"distillation": distillation},
-        "scaleot": {"scaleot": dataclasses.replace(scaleot, steps=steps)},
+        **training,
+        "distillation": dataclasses.replace(distillation, steps=steps, warmup_steps=warmup),
+        "scaleot": dataclasses.replace(scaleot, steps=steps),
     }
 
 
-def variant_options(
-    subject: Subject, training: Mapping[str, Mapping[str, Any]]
-) -> CompressionOptions:
+def variant_options(case: Case, training: Mapping[str, Any]) -> CompressionOptions:
     """The options of a compression.
 
     Args:
-        subject: no reference.
-        training: fields by method, for those that train.
+        case: no reference.
+        training: fields of `CompressionOptions`, of which the method gets those that it reads.
     """
-    fields = dict(VARIANTS[subject.method])
-    if subject.budget is not None:
-        fields["budget"] = subject.budget
-    return CompressionOptions(
-        seed=subject.draw or 0, **training.get(fields["method"], {}), **fields
-    )
+    read = METHODS[case.method].options
+    fields = {name: value for name, value in training.items() if name in read}
+    if case.budget is not None:
+        fields["budget"] = case.budget
+    return CompressionOptions(method=case.method, seed=case.draw or 0, **fields)

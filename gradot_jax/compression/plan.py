@@ -1,11 +1,11 @@
-"""The plan: what each layer keeps. Indices stay with the owner; shapes go with the bundle."""
+"""The plan, which stays with the model owner, and the part of it that ships: shapes, no indices."""
 
 import dataclasses
 import json
 from itertools import pairwise
 from typing import Any
 
-from gradot_jax.compression.options import check_budget
+from gradot_jax.compression.budget import check_budget
 from gradot_jax.errors import InputError
 
 
@@ -14,7 +14,7 @@ class LayerShape:
     """Shape of one compressed layer, all that is needed to rebuild its arrays.
 
     Attributes:
-        ranks: `(site, R)` per attention site; R is None where the matrix stays dense.
+        ranks: `(site, R)` per low-rank site; R is None where the matrix stays dense.
         num_channels: hidden channels of the MLP.
     """
 
@@ -39,7 +39,7 @@ class LayerPlan:
 
     Attributes:
         layer: index in the original model.
-        components: `(site, kept indices)` per attention site, ascending, into the components in
+        components: `(site, kept indices)` per low-rank site, ascending, into the components in
             order of falling singular value; None where the matrix stays dense.
         channels: kept hidden channels of the MLP, ascending.
     """
@@ -74,19 +74,38 @@ class HarmonizerPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a compression kept, and where; with shapes enough to rebuild the emulator's arrays.
+class EmulatorSpec:
+    """What ships of a plan: enough to rebuild the emulator's arrays, and no trace of what was kept.
 
     Attributes:
         method: name of the compression method.
-        attention_budget: share of the middle's attention parameters asked for.
+        attention_budget: share asked for of the parameters outside the MLPs' channels.
+        mlp_budget: share of the middle's MLP parameters asked for.
+        shapes: of the emulator's stored middle layers, in depth order.
+        layer_map: what runs where, see `models.split.LayerMap`.
+    """
+
+    method: str
+    attention_budget: float
+    mlp_budget: float
+    shapes: tuple[LayerShape | HarmonizerShape, ...]
+    layer_map: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a compression kept, and where.
+
+    Attributes:
+        method: name of the compression method.
+        attention_budget: share asked for of the parameters outside the MLPs' channels.
         mlp_budget: share of the middle's MLP parameters asked for.
         num_bottom: blocks of the bottom adapter.
         num_top: blocks of the top adapter.
         inner: further adapter blocks, indices in the original model.
         layers: what the emulator stores of the middle, in depth order; a dropped layer has no
             entry.
-        layer_map: see `offsite.emulator.layer_map`.
+        layer_map: what runs where, see `models.split.LayerMap`.
     """
 
     method: str
@@ -99,9 +118,15 @@ class Plan:
     layer_map: tuple[int | None, ...]
 
     @property
-    def shapes(self) -> tuple[LayerShape | HarmonizerShape, ...]:
-        """Shapes of the emulator's stored middle layers."""
-        return tuple(layer.shape for layer in self.layers)
+    def emulator(self) -> EmulatorSpec:
+        """What ships."""
+        return EmulatorSpec(
+            method=self.method,
+            attention_budget=self.attention_budget,
+            mlp_budget=self.mlp_budget,
+            shapes=tuple(layer.shape for layer in self.layers),
+            layer_map=self.layer_map,
+        )
 
     def to_json(self) -> str:
         """JSON that `from_json` turns back into an equal plan."""

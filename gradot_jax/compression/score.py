@@ -7,14 +7,18 @@ the loss (second term). With `H vec(Delta) = vec(A Delta G)` and every removal o
 terms are closed forms. What scores least is removed.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gradot_jax.curvature.factors import KroneckerFactors, with_bias
 from gradot_jax.linalg.svd import SVD
+from gradot_jax.nn.layout import Channels
 from gradot_jax.nn.linear import Dense
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -30,6 +34,19 @@ class ScoreTerms(NamedTuple):
 
     hessian: jax.Array
     gradient: jax.Array
+
+
+class LayerTerms(NamedTuple):
+    """Score terms of a layer: of the components `[K]` of each site, of the channels `[F]`."""
+
+    components: dict[str, ScoreTerms]
+    channels: ScoreTerms
+
+
+def without_gradient(components: Mapping[str, jax.Array], channels: jax.Array) -> LayerTerms:
+    """The terms of a rule that scores by one number, `[K]` by site and `[F]`."""
+    zero = {site: ScoreTerms(s, jnp.zeros_like(s)) for site, s in components.items()}
+    return LayerTerms(zero, ScoreTerms(channels, jnp.zeros_like(channels)))
 
 
 def component_terms(decomposition: SVD, factors: KroneckerFactors) -> ScoreTerms:
@@ -82,65 +99,114 @@ def _component_gradient(decomposition: SVD, factors: KroneckerFactors) -> jax.Ar
     return s * (u * jnp.dot(factors.gradient.kernel, v, precision=_EXACT)).sum(0)
 
 
+def by_shape(shapes: Mapping[Any, Any]) -> list[tuple[Any, ...]]:
+    """Keys whose shapes are equal, group by group, in their order."""
+    groups: dict[Any, list[Any]] = {}
+    for key, shape in shapes.items():
+        groups.setdefault(shape, []).append(key)
+    return list(map(tuple, groups.values()))
+
+
+def component_scores(
+    score: Callable[[SVD, KroneckerFactors], ScoreTerms],
+    parts: Mapping[str, SVD],
+    factors: Mapping[str, KroneckerFactors],
+) -> dict[str, ScoreTerms]:
+    """Scores the components of all sites, those of equal shape in one `vmap`; inside `jit`.
+
+    Args:
+        score: of one site.
+        parts: components by site.
+        factors: by site.
+    """
+    terms = {}
+    for sites in by_shape({site: (p.left.shape, p.right.shape) for site, p in parts.items()}):
+        terms |= unstack(jax.vmap(score)(stack(parts, sites), stack(factors, sites)), sites)
+    return terms
+
+
+def stack(trees: Mapping[Any, Any], keys: Sequence[Any]) -> Any:
+    """Trees of equal shapes along a new leading axis; on the host where all are numpy."""
+    leaves = [trees[key] for key in keys]
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(leaves))
+    return jax.tree.map(lambda *rows: (np if on_host else jnp).stack(rows), *leaves)
+
+
+def unstack(stacked: Any, keys: Sequence[Any]) -> dict[Any, Any]:
+    """What `stack` put together, by key."""
+    return {k: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i, k in enumerate(keys)}
+
+
 def channel_terms(
-    fc1: Dense, fc2: Dense, fc1_factors: KroneckerFactors, fc2_factors: KroneckerFactors
+    channels: Channels, layer: Mapping[str, Dense], factors: Mapping[str, KroneckerFactors]
 ) -> ScoreTerms:
     """Terms for removing each hidden channel of an MLP (SCP).
 
-    Removing channel j zeroes column j of W1 (with its bias) and row j of W2:
+    Removing channel j zeroes column j of each map m into the channels (with its bias) and row j of
+    the map out of them:
 
-        ||A1 w1_j||_1 ||G1[:, j]||_1 + ||A2[:, j]||_1 ||G2 w2_j||_1
-        <dW1[:, j], w1_j> + db1_j b1_j + <dW2[j, :], w2_j>
+        sum_m ||A w_j||_1 ||G_m[:, j]||_1 + ||A_out[:, j]||_1 ||G_out w_out,j||_1
+        sum_m <dW_m[:, j], w_j> + db_j b_j + <dW_out[j, :], w_out,j>
 
     Args:
-        fc1: kernel `[D, F]`, bias `[F]` or None.
-        fc2: kernel `[F, D]`.
-        fc1_factors: of fc1; `gradient` may be None.
-        fc2_factors: of fc2, likewise.
+        channels: which maps those are.
+        layer: kernels `[D, F]`, biases `[F]` or None; of the map out `[F, D]`.
+        factors: of the same maps; `gradient` may be None.
 
     Returns:
         `[F]` each.
     """
-    width, ffn = fc1.shape
-    chex.assert_shape(fc2.kernel, (ffn, width))
-    w1, w2 = fc1.kernel.astype(jnp.float32), fc2.kernel.astype(jnp.float32)
-    a1 = fc1_factors.input_covariance
-    if fc1.bias is not None:
-        w1 = jnp.concatenate([w1, fc1.bias.astype(jnp.float32)[None]])
-        a1 = with_bias(fc1_factors)
-    first = jnp.abs(jnp.dot(a1, w1, precision=_EXACT)).sum(0)
-    first *= jnp.abs(fc1_factors.gradient_covariance).sum(0)
-    second = jnp.abs(fc2_factors.input_covariance).sum(0)
-    second *= jnp.abs(jnp.dot(fc2_factors.gradient_covariance, w2.T, precision=_EXACT)).sum(0)
-    return ScoreTerms(first + second, channel_gradient(fc1, fc2, fc1_factors, fc2_factors))
+    out, of_out = layer[channels.out], factors[channels.out]
+    hessian = jnp.zeros((out.shape[0],))
+    for site in channels.into:
+        weights, own = layer[site], factors[site]
+        chex.assert_shape(weights.kernel, (None, out.shape[0]))
+        kernel, moment = weights.kernel.astype(jnp.float32), own.input_covariance
+        if weights.bias is not None:
+            kernel = jnp.concatenate([kernel, weights.bias.astype(jnp.float32)[None]])
+            moment = with_bias(own)
+        columns = jnp.abs(jnp.dot(moment, kernel, precision=_EXACT)).sum(0)
+        columns = columns * jnp.abs(own.gradient_covariance).sum(0)
+        hessian = hessian + columns
+    rows = jnp.abs(of_out.input_covariance).sum(0)
+    kernel = out.kernel.astype(jnp.float32)
+    rows *= jnp.abs(jnp.dot(of_out.gradient_covariance, kernel.T, precision=_EXACT)).sum(0)
+    return ScoreTerms(hessian + rows, channel_gradient(channels, layer, factors))
 
 
 def channel_gradient(
-    fc1: Dense, fc2: Dense, fc1_factors: KroneckerFactors, fc2_factors: KroneckerFactors
+    channels: Channels, layer: Mapping[str, Dense], factors: Mapping[str, KroneckerFactors]
 ) -> jax.Array:
     """The first-order term of `channel_terms`, `[F]`; zero where no gradient was taken."""
-    d1, d2 = fc1_factors.gradient, fc2_factors.gradient
-    if d1 is None or d2 is None:
-        return jnp.zeros((fc1.shape[1],), jnp.float32)
-    gradient = (d1.kernel * fc1.kernel).sum(0) + (d2.kernel * fc2.kernel).sum(1)
-    return gradient if fc1.bias is None else gradient + d1.bias * fc1.bias
+    out = layer[channels.out]
+    slopes = {site: factors[site].gradient for site in (*channels.into, channels.out)}
+    if any(slope is None for slope in slopes.values()):
+        return jnp.zeros((out.shape[0],), jnp.float32)
+    parts = [(slopes[site].kernel * layer[site].kernel).sum(0) for site in channels.into]
+    parts.append((slopes[channels.out].kernel * out.kernel).sum(1))
+    biased = [site for site in channels.into if layer[site].bias is not None]
+    parts += [slopes[site].bias * layer[site].bias for site in biased]
+    return functools.reduce(jnp.add, parts)
 
 
-def channel_norms(fc1: Dense, fc2: Dense) -> jax.Array:
-    """Euclidean norm of each channel's weights in fc1, with its bias, and in fc2; `[F]`."""
-    fc1, fc2 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (fc1, fc2))
-    squares = jnp.square(fc1.kernel).sum(0) + jnp.square(fc2.kernel).sum(1)
-    return jnp.sqrt(squares if fc1.bias is None else squares + jnp.square(fc1.bias))
+def channel_norms(channels: Channels, layer: Mapping[str, Dense]) -> jax.Array:
+    """Euclidean norm of each channel's weights in all its maps, biases included; `[F]`."""
+    layer = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dict(layer))
+    parts = [jnp.square(layer[site].kernel).sum(0) for site in channels.into]
+    parts.append(jnp.square(layer[channels.out].kernel).sum(1))
+    biases = (layer[site].bias for site in channels.into)
+    parts += [jnp.square(bias) for bias in biases if bias is not None]
+    return jnp.sqrt(functools.reduce(jnp.add, parts))
 
 
-def channel_energy(fc2: Dense, factors: KroneckerFactors) -> jax.Array:
-    """Root mean square of what each channel adds to the output, `sqrt(E[a_j^2]) ||w2_j||`; `[F]`.
+def channel_energy(out: Dense, factors: KroneckerFactors) -> jax.Array:
+    """Root mean square of what each channel adds to the output, `sqrt(E[a_j^2]) ||w_j||`; `[F]`.
 
     Args:
-        fc2: kernel `[F, D]`.
-        factors: of fc2.
+        out: the map out of the channels, kernel `[F, D]`.
+        factors: of it.
     """
-    kernel = fc2.kernel.astype(jnp.float32)
+    kernel = out.kernel.astype(jnp.float32)
     energy = jnp.diagonal(factors.input_covariance)
     return jnp.sqrt(energy) * jnp.linalg.norm(kernel, axis=1)
 

@@ -1,1 +1,1 @@
-"""Kronecker factors and gradients of a model, one layer at a time."""
+"""Kronecker factors, and the taps whose cotangents they are."""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gradot_jax.curvature.tap import InputMoments
 from gradot_jax.linalg.gram import Gram, symmetric
 from gradot_jax.nn.linear import Dense
-from gradot_jax.nn.tap import InputMoments
 
 
 class KroneckerFactors(NamedTuple):

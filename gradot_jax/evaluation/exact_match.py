@@ -8,8 +8,8 @@ import numpy as np
 
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.scores import sequence_scores
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Params
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
 from gradot_jax.nn.batch import Batch
 from gradot_jax.parallel import to_host
 
@@ -29,7 +29,7 @@ class ExactMatch:
     num_examples: int
 
 
-def exact_match(config: OPTConfig, params: Params, batches: Iterable[Batch]) -> ExactMatch:
+def exact_match(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> ExactMatch:
     """Share of examples whose every counted token is the model's most likely one.
 
     Teacher-forced, which for an exact match is what greedy decoding would give: the first token

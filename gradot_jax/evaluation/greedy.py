@@ -6,14 +6,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.params import Params
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
+from gradot_jax.models.run import forward
 
 
 @partial(jax.jit, static_argnames="config")
 def next_tokens(
-    config: OPTConfig, params: Params, input_ids: jax.Array, counts: jax.Array
+    config: ModelConfig, params: Params, input_ids: jax.Array, counts: jax.Array
 ) -> jax.Array:
     """The likeliest next token of each sequence.
 

@@ -19,9 +19,9 @@ from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.greedy import Completion, next_tokens
 from gradot_jax.evaluation.scores import sequence_scores
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Params
-from gradot_jax.models.opt.partition import shard_params
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
+from gradot_jax.models.partition import shard_params
 from gradot_jax.parallel import DeviceMesh, put, to_host
 from gradot_jax.progress import track
 
@@ -66,7 +66,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        config: OPTConfig,
+        config: ModelConfig,
         params: Params,
         tokenizer,
         *,

@@ -10,8 +10,8 @@ from gradot_jax.data.examples import choice_examples, eval_batches
 from gradot_jax.data.records import ChoiceRecords, Item, ItemRecords
 from gradot_jax.evaluation.exact_match import ExactMatch, matched
 from gradot_jax.evaluation.scores import sequence_scores
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Params
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
 from gradot_jax.nn.batch import Batch
 from gradot_jax.parallel import to_host
 
@@ -53,7 +53,7 @@ class MultipleChoice:
 
 
 def multiple_choice(
-    config: OPTConfig,
+    config: ModelConfig,
     params: Params,
     tokenizer,
     records: ChoiceRecords | ItemRecords,
@@ -84,7 +84,7 @@ def multiple_choice(
 
 
 def tokenise(
-    config: OPTConfig,
+    config: ModelConfig,
     tokenizer,
     records: ChoiceRecords | ItemRecords,
     *,
@@ -109,7 +109,7 @@ def tokenise(
 
 
 def choice_accuracy(
-    config: OPTConfig, params: Params, questions: Questions, *, batch_size: int
+    config: ModelConfig, params: Params, questions: Questions, *, batch_size: int
 ) -> MultipleChoice:
     """`multiple_choice` on questions that are tokenised.
 
@@ -134,7 +134,7 @@ def choice_accuracy(
 
 
 def accepted_match(
-    config: OPTConfig, params: Params, questions: Questions, *, batch_size: int
+    config: ModelConfig, params: Params, questions: Questions, *, batch_size: int
 ) -> ExactMatch:
     """Share of items of which any accepted continuation is what greedy decoding gives.
 
@@ -156,7 +156,7 @@ def accepted_match(
 
 
 def _scores(
-    config: OPTConfig, params: Params, questions: Questions, batch_size: int
+    config: ModelConfig, params: Params, questions: Questions, batch_size: int
 ) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
     """Each item with the log-likelihoods and the exactness of its continuations."""
     scores = [

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import summed_loss
-from gradot_jax.models.opt.params import Params
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
+from gradot_jax.models.run import summed_loss
 from gradot_jax.nn.batch import Batch
 
 _summed_loss = jax.jit(summed_loss, static_argnames="config")
@@ -30,7 +30,7 @@ class Perplexity:
     perplexity: float
 
 
-def perplexity(config: OPTConfig, params: Params, batches: Iterable[Batch]) -> Perplexity:
+def perplexity(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> Perplexity:
     """Mean loss over every counted token of the batches, each token with equal weight.
 
     Windows of `text_examples` share no token: each is read by itself, its first token is not

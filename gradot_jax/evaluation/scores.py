@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.params import Params
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
+from gradot_jax.models.run import forward
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.loss import token_log_likelihood
 
@@ -28,7 +28,7 @@ class SequenceScores(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="config")
-def sequence_scores(config: OPTConfig, params: Params, batch: Batch) -> SequenceScores:
+def sequence_scores(config: ModelConfig, params: Params, batch: Batch) -> SequenceScores:
     """Scores each row of a batch `[B, T]`, every token given the true ones before it."""
     logits = forward(config, params, batch.input_ids, batch.attention_mask)
     counted = batch.loss_mask > 0

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from gradot_jax.files.tensors import TensorSpec
+from gradot_jax.files.safetensors import TensorSpec
 
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY_EXTENSION = 1

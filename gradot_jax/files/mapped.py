@@ -8,7 +8,7 @@ must not be cut short while it is mapped; the system would end the process.
 import dataclasses
 import math
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.flax_msgpack import find_arrays
-from gradot_jax.files.tensors import TensorSpec, check_finite, copy_finite, read_layout
+from gradot_jax.files.safetensors import TensorSpec, check_finite, copy_finite, read_layout
 
 
 class MappedFile(NamedTuple):
@@ -112,20 +112,6 @@ def map_flax(path: Path) -> list[StoredTensor]:
     except ValueError as error:
         raise InputError(f"{path}: damaged or truncated Flax msgpack file: {error}") from None
     return [_stored(file, *array) for array in found]
-
-
-def release_pages(arrays: Iterable[np.ndarray]) -> None:
-    """Lets go of the pages of those arrays that are views of mapped files, as `release` does."""
-    mappings = {id(m): m for array in arrays if (m := _mapping(array)) is not None}
-    if hasattr(mmap, "MADV_DONTNEED"):
-        for mapping in mappings.values():
-            mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def _mapping(array: object) -> mmap.mmap | None:
-    while isinstance(array, np.ndarray):
-        array = array.base
-    return array if isinstance(array, mmap.mmap) else None
 
 
 def _map(path: Path) -> MappedFile:

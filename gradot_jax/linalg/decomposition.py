@@ -14,8 +14,9 @@
 is itself a chain of polar decompositions, so that one less is worth more than anything else.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,30 @@ def decompose(matrices: jax.Array, algorithm: Algorithm) -> tuple[jax.Array, jax
         U `[N, m, k]`, s `[N, k]` falling and V `[N, n, k]`, with k = min(m, n).
     """
     if algorithm == "svd":
-        # In one call, which on a CPU was seen to be faster than a loop over the matrices.
-        u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+        u, s, vt = each(partial(jnp.linalg.svd, full_matrices=False), matrices)
         return u, s, jnp.swapaxes(vt, -1, -2)
     # One by one: in a batch each step of every loop is taken for as long as any matrix needs it.
     return jax.lax.map(partial(_decompose_one, algorithm=algorithm), matrices)
+
+
+def each(routine: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+    """A routine of `jnp.linalg` for each of a batch; on a CPU one call per matrix.
+
+    A LAPACK call for a batch holds a worker of the CPU's only pool of threads while others do the
+    work. As many such calls at once as there are workers, in one program, on several virtual
+    devices or from several threads, wait for each other for ever (jaxlib 0.10.0 to 0.11.0). A call
+    for one matrix waits for nobody, and is as fast: LAPACK has threads of its own.
+
+    Args:
+        routine: of one matrix `[m, n]`, to a tree of arrays `[...]`.
+        matrices: `[N, m, n]`.
+
+    Returns:
+        Arrays `[N, ...]`.
+    """
+    return jax.lax.platform_dependent(
+        matrices, cpu=partial(jax.lax.map, routine), default=jax.vmap(routine)
+    )
 
 
 def _decompose_one(
@@ -80,6 +100,16 @@ def _polar(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u * _sign(r), jnp.maximum(s[::-1], 0) * ~zero, v
 
 
+class _Passes(NamedTuple):
+    """`W = Q R V^T` after some passes, of which `resolved` leading rows of R are diagonal."""
+
+    q: jax.Array
+    r: jax.Array
+    v: jax.Array
+    resolved: jax.Array
+    done: int | jax.Array
+
+
 def _gram(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Passes of `eigh` and QR, `W = Q R V^T`, until R is diagonal.
 
@@ -89,23 +119,25 @@ def _gram(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     size = w.shape[1]
 
-    def unfinished(state):
-        _, r, _, start, passes = state
+    def unfinished(passes: _Passes) -> jax.Array:
+        r = passes.r
         off = jnp.linalg.norm(r - jnp.diag(jnp.diag(r)))
-        return (off > _TOLERANCE * jnp.linalg.norm(r)) & (start < size) & (passes < _MAX_PASSES)
+        left = (passes.resolved < size) & (passes.done < _MAX_PASSES)
+        return (off > _TOLERANCE * jnp.linalg.norm(r)) & left
 
-    def again(state):
-        q, r, v, start, passes = state
-        turn = _eigenvectors(_trailing(r, start), start)
-        step, r = jnp.linalg.qr(r @ turn)
-        return q @ step, r, v @ turn, _resolved(r, start), passes + 1
+    def again(passes: _Passes) -> _Passes:
+        start = passes.resolved
+        turn = _eigenvectors(_trailing(passes.r, start), start)
+        step, r = jnp.linalg.qr(passes.r @ turn)
+        return _Passes(passes.q @ step, r, passes.v @ turn, _resolved(r, start), passes.done + 1)
 
     v = _eigenvectors(w, jnp.int32(0))
     q, r = jnp.linalg.qr(w @ v)
-    state = q, r, v, _resolved(r, jnp.int32(0)), 1
-    q, r, v, _, _ = jax.lax.while_loop(unfinished, again, state)
-    order = jnp.argsort(jnp.abs(jnp.diag(r)), descending=True)
-    return (q * _sign(r))[:, order], jnp.abs(jnp.diag(r))[order], v[:, order]
+    first = _Passes(q, r, v, _resolved(r, jnp.int32(0)), 1)
+    last = jax.lax.while_loop(unfinished, again, first)
+    values = jnp.abs(jnp.diag(last.r))
+    order = jnp.argsort(values, descending=True)
+    return (last.q * _sign(last.r))[:, order], values[order], last.v[:, order]
 
 
 def _trailing(r: jax.Array, start: jax.Array) -> jax.Array:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import PartitionSpec
 
-from gradot_jax.parallel import DeviceMesh, put
+from gradot_jax.parallel import DeviceMesh, put, to_host
 
 _DEVICES = ("data", "model")
 
@@ -36,10 +37,27 @@ def over_devices(
     """
     if mesh is None:
         return _alone(function, batch, options)
-    count = jax.tree.leaves(batch)[0].shape[0]
-    missing = -count % mesh.mesh.size
-    padded = jax.tree.map(partial(_pad, missing=missing), batch)
+    if mesh.mesh.devices.flat[0].platform == "cpu":
+        return put(_over_processes(function, to_host(batch), options), mesh.replicated)
+    padded, count = _filled_up(batch, mesh.mesh.size)
     return _spread(function, put(padded, mesh.sharding(_DEVICES)), mesh, count, options)
+
+
+def _over_processes(function, batch, options):
+    """On the host: the CPU devices of a process are one pool of threads, and one of them works.
+
+    No collective runs in the program that decomposes: it would occupy a thread until others join.
+    """
+    if jax.process_count() == 1:
+        return _alone(function, batch, options)
+    padded, count = _filled_up(batch, jax.process_count())
+
+    def share(leaf: np.ndarray) -> np.ndarray:
+        return np.split(leaf, jax.process_count())[jax.process_index()]
+
+    part = _alone(function, jax.tree.map(share, padded), options)
+    whole = process_allgather(part, tiled=True)
+    return jax.tree.map(lambda leaf: leaf[:count], whole)
 
 
 @partial(jax.jit, static_argnames=("function", "options"))
@@ -63,6 +81,13 @@ def _spread(function, batch, mesh: DeviceMesh, count: int, options):
     )
 
 
-def _pad(leaf, missing: int):
-    pad = np.pad if isinstance(leaf, np.ndarray) else jnp.pad
-    return pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
+def _filled_up(batch, number: int) -> tuple[Any, int]:
+    """The batch with zeros up to a multiple of a number, and how many it held."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+    missing = -count % number
+
+    def fill_up(leaf):
+        pad = np.pad if isinstance(leaf, np.ndarray) else jnp.pad
+        return pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
+
+    return jax.tree.map(fill_up, batch), count

@@ -10,12 +10,14 @@ A and G of a map it is the quadratic form of its KFAC curvature.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradot_jax.linalg.decomposition import each
 from gradot_jax.linalg.spread import over_devices
 from gradot_jax.linalg.svd import SVD, check_finite, svd
 from gradot_jax.parallel import DeviceMesh
@@ -52,35 +54,49 @@ def whitened_svd(
     chex.assert_shape(input_moments, (count, d_in, d_in))
     if output_moments is not None:
         chex.assert_shape(output_moments, (count, d_out, d_out))
-    batch = kernels, input_moments, output_moments
-    root, rotated, finite = over_devices(_whiten, batch, mesh, damping)
+    root = _root(input_moments, damping, mesh)
+    right = None if output_moments is None else _root(output_moments, damping, mesh)
+    rotated, whitened = over_devices(_whiten, (kernels, root, right), mesh)
+    decomposition = svd(whitened, mesh=mesh)
+    return over_devices(_map_back, _Whitened(kernels, rotated, root, decomposition), mesh)
+
+
+def _root(moments: jax.Array, damping: float, mesh: DeviceMesh | None) -> jax.Array:
+    """P, checked; so it is there before any other decomposition begins."""
+    root, finite = over_devices(_decompose_moments, moments, mesh, damping)
     check_finite(finite, "second moment {} of {} to whiten with")
-    decomposition = svd(_matmul(jnp.swapaxes(root, 1, 2), rotated), mesh=mesh)
-    return over_devices(_map_back, (kernels, rotated, root, decomposition), mesh)
+    return root
 
 
-def _whiten(batch, damping: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """P, W Q, and whether the moments are finite."""
-    kernels, inputs, outputs = batch
+def _whiten(batch) -> tuple[jax.Array, jax.Array]:
+    """W Q and P^T W Q."""
+    kernels, root, right = batch
     rotated = kernels.astype(jnp.float32)
-    root, finite = _root(inputs, damping)
-    if outputs is not None:
-        right, also = _root(outputs, damping)
-        rotated, finite = _matmul(rotated, right), finite & also
-    return root, rotated, finite
+    if right is not None:
+        rotated = _matmul(rotated, right)
+    return rotated, _matmul(jnp.swapaxes(root, 1, 2), rotated)
 
 
-def _map_back(batch) -> SVD:
+class _Whitened(NamedTuple):
+    """Kernels W, W Q, the root P of the inputs, and the decomposition of P^T W Q."""
+
+    kernels: jax.Array
+    rotated: jax.Array
+    root: jax.Array
+    decomposition: SVD
+
+
+def _map_back(whitened: _Whitened) -> SVD:
     # P^-T u = W Q v / s and Q^-T v = W^T P u / s need no inverse of an ill-conditioned root.
-    kernels, rotated, root, (u, s, v) = batch
-    noise = s[:, :1] * max(kernels.shape[1:]) * jnp.finfo(s.dtype).eps
+    u, s, v = whitened.decomposition
+    noise = s[:, :1] * max(whitened.kernels.shape[1:]) * jnp.finfo(s.dtype).eps
     inverse = jnp.where(s > noise, 1 / jnp.where(s > noise, s, 1), 0)[:, None]
-    left = _matmul(rotated, v) * inverse
-    transposed = jnp.swapaxes(kernels.astype(jnp.float32), 1, 2)
-    return SVD(left, s, _matmul(transposed, _matmul(root, u)) * inverse)
+    left = _matmul(whitened.rotated, v) * inverse
+    transposed = jnp.swapaxes(whitened.kernels.astype(jnp.float32), 1, 2)
+    return SVD(left, s, _matmul(transposed, _matmul(whitened.root, u)) * inverse)
 
 
-def _root(moments: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+def _decompose_moments(moments: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     """P with `P P^T = A + ridge I`, `[N, D, D]`, and whether A is finite, `[N]`."""
     moments = moments.astype(jnp.float32)
     finite = jnp.isfinite(moments).all((-2, -1))
@@ -89,5 +105,5 @@ def _root(moments: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     mean = jnp.trace(moments, axis1=1, axis2=2) / moments.shape[1]
     ridge = damping * jnp.where(mean > 0, mean, 1)
     # Not Cholesky: rounding makes eigenvalues below the ridge negative, which here is harmless.
-    values, vectors = jnp.linalg.eigh(moments)
+    values, vectors = each(jnp.linalg.eigh, moments)
     return vectors * jnp.sqrt(jnp.maximum(values, 0) + ridge[:, None])[:, None], finite

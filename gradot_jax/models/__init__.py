@@ -1,1 +1,1 @@
-"""Model families; each folder holds one, and depends on `nn` and `files` alone."""
+"""Language models as pytrees and pure functions: families, splits, meshes, Hugging Face files."""

@@ -6,29 +6,28 @@ no data, no loss and no optimiser state, so it cannot leak one.
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import Params, unstack_blocks
-from gradot_jax.offsite.bundle import ADAPTER_FILE, Bundle
+from gradot_jax.files.safetensors import float_dtype
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params, unstack_blocks
+from gradot_jax.models.split import Adapter, AdapterSpec, adapter_of
+from gradot_jax.models.tensors import adapter_from_tensors, adapter_schema, adapter_to_tensors
 from gradot_jax.offsite.card import adapter_card
-from gradot_jax.offsite.digest import base_digest
 from gradot_jax.offsite.manifest import AdapterManifest
-from gradot_jax.offsite.names import (
-    adapter_from_tensors,
-    adapter_schema,
-    adapter_to_tensors,
-)
 from gradot_jax.offsite.sealed_folder import (
+    ADAPTER_FILE,
     CARD,
     CARD_BYTES,
     MANIFEST,
+    base_digest,
     read_manifest,
     read_stored,
     record_files,
@@ -37,7 +36,9 @@ from gradot_jax.offsite.sealed_folder import (
     write_manifest,
     write_stored,
 )
-from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
+
+if TYPE_CHECKING:
+    from gradot_jax.offsite.bundle import Bundle
 
 
 class BlockChange(NamedTuple):
@@ -57,9 +58,9 @@ class BlockChange(NamedTuple):
 def save_adapter(
     path: str | Path,
     adapter: Adapter,
-    bundle: Bundle,
+    bundle: "Bundle",
     *,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     overwrite: bool = False,
 ) -> None:
     """Writes a tuned adapter; the folder appears whole or not at all, see `output_folder`.
@@ -75,14 +76,14 @@ def save_adapter(
         InputError: when the adapter does not fit the bundle, a number is not finite in the dtype,
             or `path` may not be written.
     """
-    config, spec = bundle.config, bundle.manifest.spec
-    if adapter.spec != spec:
-        raise InputError(f"the adapter has {adapter.spec}, the bundle {spec}")
+    config, split, stored = bundle.config, bundle.manifest.split, float_dtype(dtype).name
+    if adapter.split != split:
+        raise InputError(f"the adapter has {adapter.split}, the bundle {split}")
 
     draft = AdapterManifest(
         config=config,
-        spec=spec,
-        dtype=dtype,
+        split=split,
+        dtype=stored,
         base_digest=bundle.manifest.base_digest,
         emulator_digest=bundle.digest,
         files={},
@@ -90,20 +91,20 @@ def save_adapter(
     draft = AdapterManifest.from_values(draft.to_values(), "the adapter to be written")
     with output_folder(path, overwrite=overwrite) as folder:
         tensors = adapter_to_tensors(config, adapter)
-        write_stored(folder / ADAPTER_FILE, tensors, adapter_schema(config, spec), dtype)
+        write_stored(folder / ADAPTER_FILE, tensors, adapter_schema(config, split), stored)
         (folder / CARD).write_text(adapter_card(draft))
         sealed = dataclasses.replace(draft, files=record_files(folder))
         write_manifest(folder, sealed.to_values())
 
 
 def load_adapter(
-    path: str | Path, config: OPTConfig, *, dtype: str | None = None
+    path: str | Path, config: ModelConfig, *, dtype: DTypeLike | None = None
 ) -> tuple[Adapter, AdapterManifest]:
     """Reads a tuned adapter for a model, trusting nothing in it.
 
     Args:
         path: the folder.
-        config: of the owner's model; the tensors must be those that it asks for.
+        config: of the model owner's model; the tensors must be those that it asks for.
         dtype: float32, float16 or bfloat16; None keeps the stored one.
 
     Returns:
@@ -116,14 +117,16 @@ def load_adapter(
     folder = Path(path)
     manifest = read_adapter_manifest(folder)
     _check_config(manifest, config, str(folder / MANIFEST))
-    schema = adapter_schema(config, manifest.spec)
+    schema = adapter_schema(config, manifest.split)
     size = tensor_file_limit(schema, jnp.dtype(manifest.dtype).itemsize)
     with verified_folder(folder, manifest.files, {ADAPTER_FILE: size, CARD: CARD_BYTES}):
         tensors = read_stored(folder / ADAPTER_FILE, schema, manifest.dtype, dtype)
-    return adapter_from_tensors(config, manifest.spec, tensors), manifest
+    return adapter_from_tensors(config, manifest.split, tensors), manifest
 
 
-def load_adapter_for(path: str | Path, bundle: Bundle, *, dtype: str | None = None) -> Adapter:
+def load_adapter_for(
+    path: str | Path, bundle: "Bundle", *, dtype: DTypeLike | None = None
+) -> Adapter:
     """Reads an adapter that was tuned in this bundle, to run it there.
 
     Raises:
@@ -152,28 +155,28 @@ def read_adapter_manifest(folder: Path) -> AdapterManifest:
 
 def check_adapter(
     manifest: AdapterManifest,
-    config: OPTConfig,
+    config: ModelConfig,
     params: Params,
     *,
-    spec: AdapterSpec | None = None,
+    split: AdapterSpec | None = None,
     emulator_digest: str | None = None,
 ) -> None:
     """Refuses an adapter that was not tuned for this model.
 
     Args:
         manifest: of the adapter.
-        config: of the owner's model.
-        params: the owner's full model.
-        spec: the split that was shipped; None accepts any that this model fits.
+        config: of the model owner's model.
+        params: the model owner's full model.
+        split: the one that was shipped; None accepts any that this model fits.
         emulator_digest: the digest of the bundle that was shipped, when only that one will do.
 
     Raises:
         InputError: naming what differs: configuration, split, weights or bundle.
     """
     _check_config(manifest, config, "adapter")
-    if spec is not None and spec != manifest.spec:
-        raise InputError(f"adapter: belongs to another split, {manifest.spec}, expected {spec}")
-    if base_digest(config, params, manifest.spec) != manifest.base_digest:
+    if split is not None and split != manifest.split:
+        raise InputError(f"adapter: belongs to another split, {manifest.split}, expected {split}")
+    if base_digest(config, params, manifest.split) != manifest.base_digest:
         raise InputError(
             "adapter: belongs to another model: configuration and split agree, but embeddings or "
             "outer blocks of the model that it was tuned from have other weights"
@@ -182,18 +185,17 @@ def check_adapter(
         _check_emulator(manifest, emulator_digest, "adapter")
 
 
-def adapter_report(config: OPTConfig, params: Params, adapter: Adapter) -> list[BlockChange]:
+def adapter_report(config: ModelConfig, params: Params, adapter: Adapter) -> list[BlockChange]:
     """How far each tuned block is from the original's, for the owner to judge before plug-in.
 
     Args:
-        config: of the owner's model.
-        params: the owner's full model.
+        config: of the model owner's model.
+        params: the model owner's full model.
         adapter: the tuned blocks.
     """
-    original, _ = split_blocks(params, adapter.spec)
     pairs = zip(
-        adapter.spec.layers(config.num_hidden_layers),
-        unstack_blocks(original.stacks),
+        adapter.split.layers(config.num_hidden_layers),
+        unstack_blocks(adapter_of(params, adapter.split).stacks),
         unstack_blocks(adapter.stacks),
         strict=True,
     )
@@ -212,10 +214,12 @@ def _flat(block) -> np.ndarray:
     return np.concatenate([np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(block)])
 
 
-def _check_config(manifest: AdapterManifest, config: OPTConfig, where: str) -> None:
+def _check_config(manifest: AdapterManifest, config: ModelConfig, where: str) -> None:
     got, expected = manifest.config.to_hf(), config.to_hf()
     differing = [
-        f"{k} is {v!r}, expected {expected[k]!r}" for k, v in got.items() if v != expected[k]
+        f"{k} is {got.get(k)!r}, expected {expected.get(k)!r}"
+        for k in got | expected
+        if got.get(k) != expected.get(k)
     ]
     if differing:
         raise InputError(f"{where}: belongs to another model: {'; '.join(differing)}")

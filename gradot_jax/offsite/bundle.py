@@ -3,23 +3,21 @@
 import dataclasses
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from gradot_jax.compression.plan import HarmonizerShape, LayerShape
+from gradot_jax.compression.plan import EmulatorSpec, Plan
+from gradot_jax.data.tokenizer import load_tokenizer
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder
+from gradot_jax.files.safetensors import float_dtype
 from gradot_jax.files.strict_json import read_json, write_json
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.names import shell_from_hf, shell_schema, shell_to_hf
-from gradot_jax.models.opt.weight_files import TOKENIZER_FILES, tokenizer_files
-from gradot_jax.offsite.card import bundle_card
-from gradot_jax.offsite.digest import shipped_digest
-from gradot_jax.offsite.emulator import Emulator, build_emulator
-from gradot_jax.offsite.manifest import BundleManifest
-from gradot_jax.offsite.names import (
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.split import AdapterSpec
+from gradot_jax.models.tensors import (
     adapter_from_tensors,
     adapter_schema,
     adapter_to_tensors,
@@ -27,14 +25,23 @@ from gradot_jax.offsite.names import (
     middle_prefix,
     middle_schema,
     middle_to_tensors,
+    shell_from_tensors,
+    shell_schema,
+    shell_to_tensors,
 )
+from gradot_jax.models.weight_files import TOKENIZER_FILES, tokenizer_files
+from gradot_jax.offsite.card import bundle_card
+from gradot_jax.offsite.emulator import Emulator, build_emulator
+from gradot_jax.offsite.manifest import BundleManifest
 from gradot_jax.offsite.sealed_folder import (
+    ADAPTER_FILE,
     CARD,
     CARD_BYTES,
     MANIFEST,
     read_manifest,
     read_stored,
     record_files,
+    shipped_digest,
     tensor_file_limit,
     verified_folder,
     write_manifest,
@@ -42,7 +49,6 @@ from gradot_jax.offsite.sealed_folder import (
 )
 
 EMULATOR_FILE = "emulator.safetensors"
-ADAPTER_FILE = "adapter.safetensors"
 
 _TOKENIZER_BYTES = 64 * 2**20
 _LOCAL_KEYS = {
@@ -60,49 +66,46 @@ _LOCAL_KEYS = {
 """Keys of tokenizer settings that name paths of the machine they were saved on, or code."""
 
 
-class Bundle(NamedTuple):
-    """A bundle as read.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle as received.
 
     Attributes:
         config: of the full model.
         emulator: the weights.
+        tokenizer: of the model; None where none was shipped, or none was asked for.
         manifest: what the bundle says of itself.
         digest: SHA-256 of the manifest, which identifies the bundle.
     """
 
-    config: OPTConfig
+    config: ModelConfig
     emulator: Emulator
+    tokenizer: Any
     manifest: BundleManifest
     digest: str
 
 
-def save_bundle(
+def ship(
     path: str | Path,
-    config: OPTConfig,
+    config: ModelConfig,
+    plan: Plan | EmulatorSpec,
     emulator: Emulator,
     *,
-    method: str,
-    attention_budget: float,
-    mlp_budget: float,
-    shapes: tuple[LayerShape | HarmonizerShape, ...],
     base_digest: str | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Writes a bundle; the folder appears whole or not at all, see `output_folder`.
+    """Writes a bundle for the data owner; the folder appears whole or not at all.
 
-    Of a `Plan` it takes only what may leave the house: no kept index is accepted.
+    Of the plan only `Plan.emulator` leaves the house: no kept index is written.
 
     Args:
-        path: the folder to make.
+        path: the folder to make, see `output_folder`.
         config: of the full model.
-        emulator: its adapter is that of the original, untuned.
-        method: name of the compression method.
-        attention_budget: share of the middle's attention parameters asked for, in (0, 1].
-        mlp_budget: share of the middle's MLP parameters asked for, in (0, 1].
-        shapes: true sizes of the compressed layers, `Plan.shapes`.
-        base_digest: of the original, `offsite.digest.base_digest`; None when the emulator's outer
+        plan: of the compression, or the part of it that ships.
+        emulator: what it yielded; its adapter is that of the original, untuned.
+        base_digest: of the original, `sealed_folder.base_digest`; None when the emulator's outer
             blocks and embeddings have its numbers exactly.
         dtype: float32, float16 or bfloat16; None for the least that holds every array exactly.
         tokenizer_from: checkpoint whose tokenizer goes along.
@@ -112,22 +115,29 @@ def save_bundle(
         The bundle's digest.
 
     Raises:
-        InputError: when given anything but an `Emulator`, when arrays, shapes and configuration
+        InputError: when given anything but an `Emulator`, when arrays, plan and configuration
             disagree or a number is not finite in the stored dtype, or `path` may not be written.
     """
     if not isinstance(emulator, Emulator):
         raise InputError(f"a bundle holds an Emulator, got {type(emulator).__name__}")
-    stored = dtype or jnp.result_type(*jax.tree.leaves(emulator)).name
+    if isinstance(plan, Plan):
+        planned = AdapterSpec(plan.num_bottom, plan.num_top, plan.inner)
+        if emulator.adapter.split != planned:
+            raise InputError(f"the plan has {planned}, the emulator {emulator.adapter.split}")
+    # What may leave the house, and nothing else, from here on.
+    spec = plan.emulator if isinstance(plan, Plan) else plan
+    if spec.layer_map != emulator.layer_map:
+        raise InputError(
+            f"the plan's layer map is {spec.layer_map}, the emulator's {emulator.layer_map}"
+        )
+    exact = jnp.result_type(*jax.tree.leaves(emulator))
+    stored = float_dtype(exact if dtype is None else dtype).name
     copied = [] if tokenizer_from is None else tokenizer_files(tokenizer_from)
 
     draft = BundleManifest(
         config=config,
-        spec=emulator.adapter.spec,
-        method=method,
-        attention_budget=attention_budget,
-        mlp_budget=mlp_budget,
-        shapes=shapes,
-        layer_map=emulator.layer_map,
+        split=emulator.adapter.split,
+        emulator=spec,
         dtype=stored,
         base_digest=base_digest or shipped_digest(config, emulator.shell, emulator.adapter),
         files={},
@@ -136,8 +146,8 @@ def save_bundle(
     draft = BundleManifest.from_values(draft.to_values(), "the bundle to be written")
     schemas = _schemas(draft)
     with output_folder(path, overwrite=overwrite) as folder:
-        middle = middle_to_tensors(emulator.iterate_stored(), shapes)
-        body = chain(shell_to_hf(emulator.shell), middle)
+        middle = middle_to_tensors(emulator.stored_layers(), config, spec.shapes)
+        body = chain(shell_to_tensors(config, emulator.shell), middle)
         write_stored(folder / EMULATOR_FILE, body, schemas[EMULATOR_FILE], stored)
         outer = adapter_to_tensors(config, emulator.adapter)
         write_stored(folder / ADAPTER_FILE, outer, schemas[ADAPTER_FILE], stored)
@@ -148,7 +158,9 @@ def save_bundle(
         return write_manifest(folder, sealed.to_values())
 
 
-def load_bundle(path: str | Path, *, dtype: str | None = None) -> Bundle:
+def receive(
+    path: str | Path, *, dtype: DTypeLike | None = None, with_tokenizer: bool = True
+) -> Bundle:
     """Reads a bundle, trusting nothing in it.
 
     Listing, sizes and digests are verified before any file is parsed, and the tensors must be
@@ -157,6 +169,7 @@ def load_bundle(path: str | Path, *, dtype: str | None = None) -> Bundle:
     Args:
         path: the folder.
         dtype: float32, float16 or bfloat16; None keeps the stored one.
+        with_tokenizer: whether to load the tokenizer as well, where there is one.
 
     Raises:
         InputError: naming the file, and the key or tensor, of the first thing that is not as it
@@ -164,21 +177,24 @@ def load_bundle(path: str | Path, *, dtype: str | None = None) -> Bundle:
     """
     folder = Path(path)
     manifest, digest = read_bundle_manifest(folder)
-    schemas = _schemas(manifest)
+    config, schemas, tokenizer = manifest.config, _schemas(manifest), None
     with verified_folder(folder, manifest.files, _limits(manifest)):
         _check_tokenizer(folder, manifest)
         outer = read_stored(folder / ADAPTER_FILE, schemas[ADAPTER_FILE], manifest.dtype, dtype)
-        adapter = adapter_from_tensors(manifest.config, manifest.spec, outer)
+        adapter = adapter_from_tensors(config, manifest.split, outer)
         del outer
         body = read_stored(folder / EMULATOR_FILE, schemas[EMULATOR_FILE], manifest.dtype, dtype)
-    config = manifest.config
+        if with_tokenizer and manifest.files.keys() & {"tokenizer.json", "vocab.json"}:
+            tokenizer = load_tokenizer(folder)
     layers = [
         middle_layer_from_tensors(config, shape, body, middle_prefix(j))
-        for j, shape in enumerate(manifest.shapes)
+        for j, shape in enumerate(manifest.emulator.shapes)
     ]
-    shell = jax.tree.map(jnp.asarray, shell_from_hf(config, body))
-    emulator = build_emulator(shell, adapter, layers, manifest.layer_map)
-    return Bundle(config, emulator, manifest, digest)
+    shell = jax.tree.map(jnp.asarray, shell_from_tensors(config, body))
+    emulator = build_emulator(shell, adapter, layers, manifest.emulator.layer_map)
+    return Bundle(
+        config=config, emulator=emulator, tokenizer=tokenizer, manifest=manifest, digest=digest
+    )
 
 
 def read_bundle_manifest(folder: Path) -> tuple[BundleManifest, str]:
@@ -197,8 +213,8 @@ def read_bundle_manifest(folder: Path) -> tuple[BundleManifest, str]:
 
 def _schemas(manifest: BundleManifest) -> dict[str, dict[str, tuple[int, ...]]]:
     config = manifest.config
-    body = shell_schema(config) | middle_schema(config, manifest.shapes)
-    return {EMULATOR_FILE: body, ADAPTER_FILE: adapter_schema(config, manifest.spec)}
+    body = shell_schema(config) | middle_schema(config, manifest.emulator.shapes)
+    return {EMULATOR_FILE: body, ADAPTER_FILE: adapter_schema(config, manifest.split)}
 
 
 def _limits(manifest: BundleManifest) -> dict[str, int]:

@@ -3,10 +3,15 @@
 import math
 from typing import NamedTuple
 
-from gradot_jax.models.opt.names import model_schema, shell_schema
+from gradot_jax.models.split import AdapterSpec
+from gradot_jax.models.tensors import (
+    Schema,
+    adapter_schema,
+    middle_schema,
+    model_schema,
+    shell_schema,
+)
 from gradot_jax.offsite.manifest import AdapterManifest, BundleManifest
-from gradot_jax.offsite.names import Schema, adapter_schema, middle_schema
-from gradot_jax.offsite.split import AdapterSpec
 
 
 class ParameterCounts(NamedTuple):
@@ -26,8 +31,8 @@ class ParameterCounts(NamedTuple):
 def count_parameters(manifest: BundleManifest) -> ParameterCounts:
     """Counts parameters from the shapes that a manifest declares."""
     config = manifest.config
-    unchanged = _size(shell_schema(config)) + _size(adapter_schema(config, manifest.spec))
-    shipped = unchanged + _size(middle_schema(config, manifest.shapes))
+    unchanged = _size(shell_schema(config)) + _size(adapter_schema(config, manifest.split))
+    shipped = unchanged + _size(middle_schema(config, manifest.emulator.shapes))
     return ParameterCounts(_size(model_schema(config)), shipped, unchanged)
 
 
@@ -35,30 +40,31 @@ def _size(schema: Schema) -> int:
     return sum(math.prod(shape) for shape in schema.values())
 
 
-def trained_blocks(spec: AdapterSpec) -> str:
+def trained_blocks(split: AdapterSpec) -> str:
     """The blocks of a split in words."""
-    ends = f"first {spec.num_bottom} and last {spec.num_top} blocks"
-    return f"{ends} and {', '.join(map(str, spec.inner))}" if spec.inner else ends
+    ends = f"first {split.num_bottom} and last {split.num_top} blocks"
+    return f"{ends} and {', '.join(map(str, split.inner))}" if split.inner else ends
 
 
 def bundle_card(manifest: BundleManifest) -> str:
     """The README of a bundle: what it is, what it discloses and how to use it."""
-    counts, config, spec = count_parameters(manifest), manifest.config, manifest.spec
-    middle = config.num_hidden_layers - spec.num_blocks
+    counts, config, split = count_parameters(manifest), manifest.config, manifest.split
+    emulator = manifest.emulator
+    middle = config.num_hidden_layers - split.num_blocks
     shipped, unchanged = (f"{n / counts.original:.1%}" for n in (counts.shipped, counts.unchanged))
     return f"""\
-# Emulator of an OPT model
+# Emulator of an {config.family.label} model
 
 An emulator for offsite-tuning: fine-tune its outer blocks on your own text and send back those
 blocks alone. The model that they come from, and your text, stay where they are.
 
 | | |
 |---|---|
-| model | OPT, {config.num_hidden_layers} blocks of width {config.hidden_size} |
-| trained by you | {trained_blocks(spec)} |
-| compressed and frozen | the {middle} other blocks, as {len(manifest.shapes)} layers |
-| method | {manifest.method} |
-| budget | attention {manifest.attention_budget:g}, MLP {manifest.mlp_budget:g} |
+| model | {config.family.label}, {config.num_hidden_layers} blocks of width {config.hidden_size} |
+| trained by you | {trained_blocks(split)} |
+| compressed and frozen | the {middle} other blocks, as {len(emulator.shapes)} layers |
+| method | {emulator.method} |
+| budget | attention {emulator.attention_budget:g}, MLP {emulator.mlp_budget:g} |
 | dtype | {manifest.dtype} |
 | parameters | {counts.shipped:,}, {shipped} of the original's |
 | shipped unchanged | {counts.unchanged:,}, {unchanged} of the original's |
@@ -69,9 +75,9 @@ privacy of what was left out is an empirical gap in quality, not a proof.
 
 ## Use
 
-`gradot_jax.offsite.bundle.load_bundle` verifies this folder and reads it. Train
+`gradot_jax.receive` verifies this folder and reads it. Train
 `emulator.adapter`, keep `emulator.shell` and `emulator.middle` frozen, and write what goes back
-with `gradot_jax.offsite.adapter_file.save_adapter`.
+with `gradot_jax.save_adapter`.
 
 The licence of the original model applies.
 """
@@ -79,13 +85,13 @@ The licence of the original model applies.
 
 def adapter_card(manifest: AdapterManifest) -> str:
     """The README of a tuned adapter."""
-    config, spec = manifest.config, manifest.spec
+    config, split = manifest.config, manifest.split
     return f"""\
-# Tuned adapter of an OPT model
+# Tuned adapter of an {config.family.label} model
 
-The {trained_blocks(spec)} of {config.num_hidden_layers}, tuned around an emulator, in
+The {trained_blocks(split)} of {config.num_hidden_layers}, tuned around an emulator, in
 {manifest.dtype}. They replace the same blocks of the original model:
-`gradot_jax.offsite.adapter_file.load_adapter` reads this folder and `check_adapter` verifies that
+`gradot_jax.load_adapter` reads this folder and `check_adapter` verifies that
 it belongs to a model. It holds weights only, and no text, loss or state of the training.
 Weights can still reveal something of the text that they were trained on.
 """

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from gradot_jax.compression.plan import HarmonizerShape
 from gradot_jax.errors import InputError
-from gradot_jax.files.folder import regular_file
-from gradot_jax.files.strict_json import read_json
-from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.checkpoint import load_config
 from gradot_jax.offsite.adapter_file import read_adapter_manifest
 from gradot_jax.offsite.bundle import read_bundle_manifest
 from gradot_jax.offsite.card import count_parameters, trained_blocks
@@ -54,12 +52,12 @@ def _describe_sealed(folder: Path) -> dict[str, str]:
             **_describe_files(folder, adapter),
         }
     bundle, digest = read_bundle_manifest(folder)
-    counts = count_parameters(bundle)
+    counts, spec = count_parameters(bundle), bundle.emulator
     return {
         "kind": "emulator bundle",
         **_describe_common(bundle),
-        "method": bundle.method,
-        "budget": f"attention {bundle.attention_budget:g}, MLP {bundle.mlp_budget:g}",
+        "method": spec.method,
+        "budget": f"attention {spec.attention_budget:g}, MLP {spec.mlp_budget:g}",
         "parameters": f"{counts.shipped:,} of the original's {counts.original:,}",
         "shipped unchanged": f"{counts.unchanged / counts.original:.1%} of the original's",
         **_describe_middle(bundle),
@@ -70,21 +68,10 @@ def _describe_sealed(folder: Path) -> dict[str, str]:
 
 def _describe_common(manifest: BundleManifest | AdapterManifest) -> dict[str, str]:
     return {
-        **_describe_config(manifest.config),
-        "split": f"{trained_blocks(manifest.spec)} are trained",
+        "model": manifest.config.family.describe(manifest.config),
+        "split": f"{trained_blocks(manifest.split)} are trained",
         "dtype": manifest.dtype,
         "base digest": manifest.base_digest,
-    }
-
-
-def _describe_config(config: OPTConfig) -> dict[str, str]:
-    norms = "before" if config.do_layer_norm_before else "after"
-    return {
-        "model": (
-            f"OPT, {config.num_hidden_layers} blocks, width {config.hidden_size}, "
-            f"{config.num_attention_heads} heads, FFN {config.ffn_dim}, "
-            f"vocabulary {config.vocab_size}, norms {norms}, {config.activation_function}"
-        )
     }
 
 
@@ -95,10 +82,10 @@ def _describe_middle(manifest: BundleManifest) -> dict[str, str]:
         ranks = (f"{site} {'dense' if rank is None else rank}" for site, rank in layer.ranks)
         return f"{', '.join(ranks)}, channels {layer.num_channels}"
 
-    layers = {f"middle {j}": shape(layer) for j, layer in enumerate(manifest.shapes)}
-    if manifest.layer_map == tuple(range(len(manifest.shapes))):
+    layers = {f"middle {j}": shape(layer) for j, layer in enumerate(manifest.emulator.shapes)}
+    if manifest.emulator.layer_map == tuple(range(len(layers))):
         return layers
-    places = ("adapter" if place is None else str(place) for place in manifest.layer_map)
+    places = ("adapter" if place is None else str(place) for place in manifest.emulator.layer_map)
     return layers | {"layer map": " ".join(places)}
 
 
@@ -113,11 +100,10 @@ def _describe_files(folder: Path, manifest: BundleManifest | AdapterManifest) ->
 
 
 def _describe_checkpoint(folder: Path) -> dict[str, str]:
-    file = regular_file(folder, "config.json")
-    config = OPTConfig.from_hf(read_json(file), str(file))
+    config = load_config(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return {
         "kind": "Hugging Face checkpoint",
-        **_describe_config(config),
+        "model": config.family.describe(config),
         **{f"file {path.name}": f"{path.stat().st_size:,} bytes, no digest" for path in files},
     }

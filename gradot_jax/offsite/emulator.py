@@ -1,85 +1,15 @@
 """The emulator: what the model owner ships."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import flax.struct
 import jax
 import numpy as np
 
-from gradot_jax.models.opt.params import (
-    Layer,
-    Params,
-    Segment,
-    Shared,
-    Shell,
-    depth,
-    get_block,
-    num_stored,
-    segment_blocks,
-    slice_blocks,
-    slice_segments,
-    stack_blocks,
-)
-from gradot_jax.offsite.split import Adapter, AdapterSpec, adapter_of
-
-LayerMap = tuple[int | None, ...]
-"""What runs between bottom and top adapter, place by place: the index of a stored layer of the
-middle, or None for the next inner block of the adapter."""
-
-
-@flax.struct.dataclass
-class SplitModel:
-    """A model whose adapter can be trained: an emulator, or the original as the upper bound.
-
-    Attributes:
-        shell: embeddings, final norm and head; frozen.
-        adapter: blocks to be trained.
-        middle: all other layers in depth order; frozen.
-        inner_after: for each inner block of the adapter, how many segments of `middle` run before
-            it.
-    """
-
-    shell: Shell
-    adapter: Adapter
-    middle: tuple[Segment, ...]
-    inner_after: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
-
-    def assemble(self, adapter: Adapter | None = None) -> Params:
-        """The runnable model: this middle within an adapter (its own by default)."""
-        adapter = self.adapter if adapter is None else adapter
-        segments: list[Segment] = [adapter.bottom]
-        start = 0
-        for index, stop in enumerate(self.inner_after):
-            segments += self.middle[start:stop]
-            segments.append(slice_blocks(adapter.inner, index, index + 1))
-            start = stop
-        segments += self.middle[start:]
-        segments.append(adapter.top)
-        return Params(self.shell, tuple(s for s in segments if depth(s)))
-
-    @property
-    def layer_map(self) -> LayerMap:
-        """What runs where, with stored layers numbered in depth order."""
-        places: list[int | None] = []
-        stored = 0
-        for index, segment in enumerate(self.middle):
-            places += [None] * self.inner_after.count(index)
-            order = segment.order if isinstance(segment, Shared) else range(depth(segment))
-            places += [stored + place for place in order]
-            stored += num_stored(segment)
-        return (*places, *[None] * self.inner_after.count(len(self.middle)))
-
-    @property
-    def stored_layers(self) -> list[Layer]:
-        """The layers of the middle as `layer_map` numbers them."""
-        return list(self.iterate_stored())
-
-    def iterate_stored(self) -> Iterator[Layer]:
-        """The same one at a time: a layer of a stack on a device is a copy."""
-        for segment in self.middle:
-            for index in range(num_stored(segment)):
-                yield get_block(segment, index)
+from gradot_jax.models.params import Layer, Segment, Shared, segment_blocks, stack_blocks
+from gradot_jax.models.split import Adapter, LayerMap, SplitModel
 
 
 @flax.struct.dataclass
@@ -92,7 +22,7 @@ class Emulator(SplitModel):
 
 
 def build_emulator(
-    shell: Shell, adapter: Adapter, layers: Sequence[Layer], layer_map: LayerMap | None = None
+    shell: Any, adapter: Adapter, layers: Sequence[Layer], layer_map: LayerMap | None = None
 ) -> Emulator:
     """An emulator from single layers.
 
@@ -144,21 +74,3 @@ def _segments(layers: Sequence[Layer], places: list[int], *, on_host: bool) -> t
 
 def _host_stack(layer: Layer) -> Layer:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[None], layer)
-
-
-def split_model(params: Params, spec: AdapterSpec) -> SplitModel:
-    """The full model in the form in which its adapter can be trained: the upper bound.
-
-    Segments of the model that lie within the middle are taken as they are.
-
-    Raises:
-        InputError: when the split leaves no middle or nothing to train.
-    """
-    adapter = adapter_of(params, spec)
-    bounds = (spec.num_bottom - 1, *spec.inner, params.num_layers - spec.num_top)
-    pieces: list[Segment] = []
-    inner_after = []
-    for before, after in pairwise(bounds):
-        pieces += slice_segments(params.segments, before + 1, after)
-        inner_after.append(len(pieces))
-    return SplitModel(params.shell, adapter, tuple(pieces), tuple(inner_after[:-1]))

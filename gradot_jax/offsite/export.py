@@ -1,4 +1,4 @@
-"""Export: an emulator as a standard dense OPT that any program reads."""
+"""Export: an emulator as a standard dense checkpoint that any program reads."""
 
 import dataclasses
 
@@ -6,25 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import (
-    ATTENTION_SITES,
-    Block,
-    Params,
-    Segment,
-    Shared,
-    concatenate_blocks,
-    take_blocks,
-)
+from gradot_jax.models.family import ModelConfig, channel_count
+from gradot_jax.models.params import Params, Segment, Shared, concatenate_blocks, take_blocks
 from gradot_jax.nn.harmonizer import Harmonizer
+from gradot_jax.nn.layout import Block, maps
 from gradot_jax.nn.linear import Dense, Linear, dense_kernel
 
 
-def export_params(config: OPTConfig, params: Params) -> tuple[OPTConfig, Params]:
+def export_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """Multiplies factors back and pads pruned MLPs with zeros.
 
-    Padding is exact: a channel of zeros has activation relu(0) = gelu(0) = 0. The product of two
-    factors is taken in float32 and rounded once to their dtype.
+    Padding is exact: a channel of zeros adds zero, relu(0) = gelu(0) = silu(0) = 0. The product of
+    two factors is taken in float32 and rounded once to their dtype.
 
     Args:
         config: of the full model.
@@ -35,25 +28,28 @@ def export_params(config: OPTConfig, params: Params) -> tuple[OPTConfig, Params]
         blocks; shared blocks are written out once for each place at which they run.
 
     Raises:
-        InputError: for an emulator with harmonizers: no block of an OPT computes what they do.
+        InputError: for an emulator with harmonizers: no block of the original computes them.
     """
-    blocks = concatenate_blocks([_dense_block(stack, config.ffn_dim) for stack in params.segments])
+    size = channel_count(config)
+    blocks = concatenate_blocks([_dense_block(stack, size) for stack in params.segments])
     exported = dataclasses.replace(config, num_hidden_layers=params.num_layers)
     return exported, Params(params.shell, (blocks,))
 
 
-def _dense_block(stack: Segment, ffn_dim: int) -> Block:
+def _dense_block(stack: Segment, size: int) -> Block:
     if isinstance(stack, Shared):
         stack = take_blocks(stack.blocks, stack.order)
     if isinstance(stack, Harmonizer):
-        raise InputError("export: the emulator has harmonizers, which no OPT block can express")
-    fc1, fc2 = stack.fc1, stack.fc2
-    fc1_bias = None if fc1.bias is None else _pad(fc1.bias, -1, ffn_dim)
-    return stack.replace(
-        fc1=Dense(_pad(fc1.kernel, -1, ffn_dim), fc1_bias),
-        fc2=Dense(_pad(fc2.kernel, -2, ffn_dim), fc2.bias),
-        **{site: _dense(getattr(stack, site)) for site in ATTENTION_SITES},
-    )
+        raise InputError("export: the emulator has harmonizers, which no block can express")
+    layout, sites = stack.layout, maps(stack)
+    fields = {site: _dense(sites[site]) for site in layout.low_rank}
+    for site in layout.channels.into:
+        kernel, bias = sites[site].kernel, sites[site].bias
+        padded = None if bias is None else _pad(bias, -1, size)
+        fields[site] = Dense(_pad(kernel, -1, size), padded)
+    out = sites[layout.channels.out]
+    fields[layout.channels.out] = Dense(_pad(out.kernel, -2, size), out.bias)
+    return stack.replace(**fields)
 
 
 def _dense(weights: Linear) -> Dense:

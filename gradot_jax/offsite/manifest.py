@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from gradot_jax.compression.plan import HarmonizerShape, LayerShape
+from gradot_jax.compression.plan import EmulatorSpec, HarmonizerShape, LayerShape
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import ATTENTION_SITES
-from gradot_jax.offsite.emulator import LayerMap
-from gradot_jax.offsite.split import AdapterSpec
+from gradot_jax.models.families import read_config
+from gradot_jax.models.family import ModelConfig, channel_count
+from gradot_jax.models.split import AdapterSpec, LayerMap
+from gradot_jax.nn.layout import maps
 
 FORMAT_VERSION = 2
 StoredDtype = Literal["float32", "float16", "bfloat16"]
@@ -46,38 +46,31 @@ class BundleManifest:
 
     Attributes:
         config: of the full model.
-        spec: the split.
-        method: name of the compression method.
-        attention_budget: share of the middle's attention parameters asked for.
-        mlp_budget: share of the middle's MLP parameters asked for.
-        shapes: of the compressed layers, in depth order.
-        layer_map: which of them runs where, see `offsite.emulator.LayerMap`.
+        split: the blocks of the adapter.
+        emulator: what the middle is: method, budgets, shapes of the compressed layers, layer map.
         dtype: of every stored array.
-        base_digest: see `offsite.digest.base_digest`.
+        base_digest: see `offsite.sealed_folder.base_digest`.
         files: every file of the folder but the manifest.
     """
 
     kind: ClassVar[str] = "gradot-bundle"
 
-    config: OPTConfig
-    spec: AdapterSpec
-    method: str
-    attention_budget: float
-    mlp_budget: float
-    shapes: tuple[LayerShape | HarmonizerShape, ...]
-    layer_map: LayerMap
+    config: ModelConfig
+    split: AdapterSpec
+    emulator: EmulatorSpec
     dtype: StoredDtype
     base_digest: str
     files: Mapping[str, FileRecord]
 
     def to_values(self) -> dict[str, Any]:
         """The contents of the manifest file."""
+        spec = self.emulator
         return {
             **_common_values(self),
-            "method": self.method,
-            "budget": {"attention": self.attention_budget, "mlp": self.mlp_budget},
-            "middle": [_shape_values(shape) for shape in self.shapes],
-            "layer_map": list(self.layer_map),
+            "method": spec.method,
+            "budget": {"attention": spec.attention_budget, "mlp": spec.mlp_budget},
+            "middle": [_shape_values(shape) for shape in spec.shapes],
+            "layer_map": list(spec.layer_map),
         }
 
     @classmethod
@@ -94,18 +87,17 @@ class BundleManifest:
         _check_format(values, cls.kind, where)
         _check_keys(values, {*_COMMON_KEYS, "method", "budget", "middle", "layer_map"}, where)
         common = _common_fields(values, where)
+        config, split = common["config"], common["split"]
         budget = _check_keys(values["budget"], ("attention", "mlp"), f"{where}: budget")
-        shapes = _shapes(values["middle"], common["config"], common["spec"], where)
-        return cls(
-            **common,
+        shapes = _shapes(values["middle"], config, split, where)
+        emulator = EmulatorSpec(
             method=_text(values["method"], _METHOD, f"{where}: method"),
             attention_budget=_share(budget["attention"], f"{where}: budget attention"),
             mlp_budget=_share(budget["mlp"], f"{where}: budget mlp"),
             shapes=shapes,
-            layer_map=_layer_map(
-                values["layer_map"], len(shapes), common["config"], common["spec"], where
-            ),
+            layer_map=_layer_map(values["layer_map"], len(shapes), config, split, where),
         )
+        return cls(**common, emulator=emulator)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +106,7 @@ class AdapterManifest:
 
     Attributes:
         config: of the full model.
-        spec: the split.
+        split: the blocks of the adapter.
         dtype: of every stored array.
         base_digest: as in the bundle.
         emulator_digest: SHA-256 of the bundle's manifest, which has the digests of its files.
@@ -123,8 +115,8 @@ class AdapterManifest:
 
     kind: ClassVar[str] = "gradot-adapter"
 
-    config: OPTConfig
-    spec: AdapterSpec
+    config: ModelConfig
+    split: AdapterSpec
     dtype: StoredDtype
     base_digest: str
     emulator_digest: str
@@ -153,7 +145,7 @@ def _common_values(manifest: BundleManifest | AdapterManifest) -> dict[str, Any]
         "format": manifest.kind,
         "format_version": FORMAT_VERSION,
         "config": manifest.config.to_hf(),
-        "split": {**dataclasses.asdict(manifest.spec), "inner": list(manifest.spec.inner)},
+        "split": {**dataclasses.asdict(manifest.split), "inner": list(manifest.split.inner)},
         "dtype": manifest.dtype,
         "base_digest": manifest.base_digest,
         "files": {name: dataclasses.asdict(record) for name, record in manifest.files.items()},
@@ -169,7 +161,7 @@ def _common_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
         )
     return {
         "config": config,
-        "spec": _split(values["split"], config, f"{where}: split"),
+        "split": _split(values["split"], config, f"{where}: split"),
         "dtype": values["dtype"],
         "base_digest": _text(values["base_digest"], _DIGEST, f"{where}: base_digest"),
         "files": _files(values["files"], f"{where}: files"),
@@ -204,29 +196,31 @@ def _text(value: Any, pattern: re.Pattern[str], where: str) -> str:
 
 def _integer(value: Any, low: int, high: int, where: str) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise InputError(f"{where}: {value!r} is no whole number in [{low}, {high}]")
+        raise InputError(f"{where}: {value!r:.80} is no whole number in [{low}, {high}]")
     return value
 
 
 def _share(value: Any, where: str) -> float:
     if type(value) not in (int, float) or not 0 < value <= 1:
-        raise InputError(f"{where}: {value!r} is no number in (0, 1]")
+        raise InputError(f"{where}: {value!r:.80} is no number in (0, 1]")
     return float(value)
 
 
-def _config(values: Any, where: str) -> OPTConfig:
+def _config(values: Any, where: str) -> ModelConfig:
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, got {type(values).__name__}")
-    config = OPTConfig.from_hf(values, where)
+    config = read_config(values, where)
     _check_keys(values, config.to_hf(), where)
     differing = sorted(key for key, value in config.to_hf().items() if values[key] != value)
     if differing:
-        raise InputError(f"{where}: not the values of an OPT model: {', '.join(differing)}")
+        raise InputError(
+            f"{where}: not the values of an {config.family.label} model: {', '.join(differing)}"
+        )
     _integer(config.num_hidden_layers, 1, MAX_LAYERS, f"{where}: num_hidden_layers")
     return config
 
 
-def _split(values: Any, config: OPTConfig, where: str) -> AdapterSpec:
+def _split(values: Any, config: ModelConfig, where: str) -> AdapterSpec:
     _check_keys(values, ("num_bottom", "num_top", "inner"), where)
     bottom, top = (
         _integer(values[k], 0, MAX_LAYERS, f"{where}: {k}") for k in ("num_bottom", "num_top")
@@ -234,40 +228,40 @@ def _split(values: Any, config: OPTConfig, where: str) -> AdapterSpec:
     inner = values["inner"]
     if not isinstance(inner, list) or len(inner) > config.num_hidden_layers:
         raise InputError(f"{where}: inner must list at most {config.num_hidden_layers} layers")
-    spec = AdapterSpec(
+    split = AdapterSpec(
         bottom, top, tuple(_integer(i, 0, MAX_LAYERS, f"{where}: inner") for i in inner)
     )
     try:
-        spec.check(config.num_hidden_layers)
+        split.check(config.num_hidden_layers)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    return spec
+    return split
 
 
 def _shapes(
-    layers: Any, config: OPTConfig, spec: AdapterSpec, where: str
+    layers: Any, config: ModelConfig, split: AdapterSpec, where: str
 ) -> tuple[LayerShape | HarmonizerShape, ...]:
-    most = config.num_hidden_layers - spec.num_bottom - spec.num_top
+    most = config.num_hidden_layers - split.num_bottom - split.num_top
     if not isinstance(layers, list) or len(layers) > most:
         raise InputError(f"{where}: middle must list at most {most} layers")
     return tuple(_shape(layer, config, f"{where}: middle {j}") for j, layer in enumerate(layers))
 
 
 def _layer_map(
-    places: Any, num_stored: int, config: OPTConfig, spec: AdapterSpec, where: str
+    places: Any, num_stored: int, config: ModelConfig, split: AdapterSpec, where: str
 ) -> LayerMap:
     where = f"{where}: layer_map"
-    most = config.num_hidden_layers - spec.num_bottom - spec.num_top
+    most = config.num_hidden_layers - split.num_bottom - split.num_top
     if not isinstance(places, list) or len(places) > most:
         raise InputError(f"{where}: must list at most {most} places")
-    if places.count(None) != len(spec.inner):
+    if places.count(None) != len(split.inner):
         raise InputError(
             f"{where}: has {places.count(None)} places for inner blocks, the split has "
-            f"{len(spec.inner)}"
+            f"{len(split.inner)}"
         )
     used, before = 0, None
     for place in places:
-        if place is not None and place != before:
+        if place is not None and (type(place) is not int or place != before):
             # Each layer's places are together, so that a small bundle is a small model.
             _integer(place, used, used, where)
             used += 1
@@ -283,23 +277,26 @@ def _shape_values(shape: LayerShape | HarmonizerShape) -> dict[str, Any]:
     return {"ranks": dict(shape.ranks), "num_channels": shape.num_channels}
 
 
-def _shape(layer: Any, config: OPTConfig, where: str) -> LayerShape | HarmonizerShape:
+def _shape(layer: Any, config: ModelConfig, where: str) -> LayerShape | HarmonizerShape:
     if isinstance(layer, dict) and "harmonizer_rank" in layer:
         _check_keys(layer, ("harmonizer_rank",), where)
-        rank = _integer(layer["harmonizer_rank"], 1, config.ffn_dim, f"{where}: harmonizer_rank")
+        rank = _integer(
+            layer["harmonizer_rank"], 1, channel_count(config), f"{where}: harmonizer_rank"
+        )
         return HarmonizerShape(rank=rank)
     _check_keys(layer, ("ranks", "num_channels"), where)
-    ranks = _check_keys(layer["ranks"], ATTENTION_SITES, f"{where}: ranks")
+    block = config.family.block_shapes(config)
+    sites, low_rank = maps(block), block.layout.low_rank
+    ranks = _check_keys(layer["ranks"], low_rank, f"{where}: ranks")
 
     def rank(site: str) -> int | None:
         if ranks[site] is None:
             return None
-        return _integer(ranks[site], 1, config.hidden_size, f"{where}: rank of {site}")
+        return _integer(ranks[site], 1, min(sites[site].shape), f"{where}: rank of {site}")
 
-    channels = _integer(layer["num_channels"], 1, config.ffn_dim, f"{where}: num_channels")
-    return LayerShape(
-        ranks=tuple((site, rank(site)) for site in ATTENTION_SITES), num_channels=channels
-    )
+    most = sites[block.layout.channels.out].shape[0]
+    channels = _integer(layer["num_channels"], 1, most, f"{where}: num_channels")
+    return LayerShape(ranks=tuple((site, rank(site)) for site in low_rank), num_channels=channels)
 
 
 def _files(values: Any, where: str) -> dict[str, FileRecord]:

@@ -1,4 +1,4 @@
-"""The owner's folder: the record of a compression, which never leaves the house.
+"""The model owner's folder: the record of a compression, which never leaves the house.
 
 It has the indices that were kept, the scores and what calibrated them. Nothing that writes a
 bundle or an adapter accepts any of these.
@@ -13,8 +13,8 @@ import numpy as np
 from gradot_jax.compression.plan import Plan
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder, regular_file
+from gradot_jax.files.safetensors import write_tensors
 from gradot_jax.files.strict_json import read_json, write_json
-from gradot_jax.files.tensors import write_tensors
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
@@ -30,7 +30,7 @@ def save_owner(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes the owner's folder; it appears whole or not at all, see `output_folder`.
+    """Writes the model owner's folder; it appears whole or not at all, see `output_folder`.
 
     Args:
         path: the folder to make.

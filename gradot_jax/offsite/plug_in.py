@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.params import Params, concatenate_blocks
-from gradot_jax.offsite.emulator import split_model
-from gradot_jax.offsite.split import Adapter
+from gradot_jax.models.params import Params, concatenate_blocks
+from gradot_jax.models.split import Adapter, split_model
 
 
 def plug_in(params: Params, adapter: Adapter) -> Params:
@@ -23,7 +22,7 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
         InputError: when the adapter's arrays do not fit the blocks that they replace, or are not
             finite in their dtype.
     """
-    original = split_model(params, adapter.spec)
+    original = split_model(params, adapter.split)
     expected, got = _shapes(original.adapter), _shapes(adapter)
     differing = [
         f"{name}: got {got.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"

@@ -5,40 +5,44 @@ all of that holds, so that a damaged or altered file meets a hash and not a pars
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from gradot_jax.errors import InputError
+from gradot_jax.files.digest import TensorDigest, bytes_digest, file_digest
 from gradot_jax.files.folder import regular_file
-from gradot_jax.files.strict_json import parse_json, write_json
-from gradot_jax.files.tensors import (
+from gradot_jax.files.safetensors import (
     TensorSpec,
     copy_finite,
     float_dtype,
     read_tensors,
     stream_tensors,
 )
+from gradot_jax.files.strict_json import parse_json, write_json
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
+from gradot_jax.models.split import Adapter, AdapterSpec, adapter_of
+from gradot_jax.models.tensors import Schema, adapter_to_tensors, shell_to_tensors
 from gradot_jax.offsite.manifest import FileRecord
-from gradot_jax.offsite.names import Schema
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+ADAPTER_FILE = "adapter.safetensors"
 CARD_BYTES = 2**20
 
 _MANIFEST_BYTES = 16 * 2**20
 _HEADER_BYTES_PER_TENSOR = 1024
-_HASH_CHUNK = 2**22
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file of a folder that is about to be sealed."""
     return {
-        path.name: FileRecord(_sha256(path), path.stat().st_size)
+        path.name: FileRecord(file_digest(path), path.stat().st_size)
         for path in sorted(folder.iterdir())
     }
 
@@ -46,7 +50,7 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 def write_manifest(folder: Path, values: Mapping[str, Any]) -> str:
     """Writes the manifest into a folder and returns its SHA-256."""
     write_json(folder / MANIFEST, values)
-    return _sha256(folder / MANIFEST)
+    return file_digest(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
@@ -62,7 +66,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
         text = file.read(_MANIFEST_BYTES + 1)
     if len(text) > _MANIFEST_BYTES:
         raise InputError(f"{path}: larger than {_MANIFEST_BYTES} bytes")
-    return parse_json(text, str(path)), hashlib.sha256(text).hexdigest()
+    return parse_json(text, str(path)), bytes_digest(text)
 
 
 @contextlib.contextmanager
@@ -92,7 +96,7 @@ def verified_folder(
             )
     stamps = {name: _stamp(folder / name) for name in files}
     for name, record in files.items():
-        if _sha256(folder / name) != record.sha256:
+        if file_digest(folder / name) != record.sha256:
             raise InputError(f"{folder / name}: altered or damaged, its SHA-256 is not the listed")
     yield
     for name, stamp in stamps.items():
@@ -118,7 +122,7 @@ def digest_matches(folder: Path, name: str, record: FileRecord) -> bool:
     path = folder / name
     if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
         return False
-    return _sha256(path) == record.sha256
+    return file_digest(path) == record.sha256
 
 
 def tensor_file_limit(schema: Schema, itemsize: int) -> int:
@@ -128,7 +132,7 @@ def tensor_file_limit(schema: Schema, itemsize: int) -> int:
 
 
 def write_stored(
-    path: Path, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: str
+    path: Path, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: DTypeLike
 ) -> None:
     """Writes tensors that fit a schema, cast to the stored dtype, one at a time.
 
@@ -141,7 +145,7 @@ def write_stored(
 
 
 def _stored(
-    where: str, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: str
+    where: str, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: DTypeLike
 ) -> Iterator[tuple[str, np.ndarray]]:
     left = dict(schema)
     for name, array in tensors:
@@ -157,7 +161,7 @@ def _stored(
 
 
 def read_stored(
-    path: Path, schema: Schema, stored: str, dtype: str | None
+    path: Path, schema: Schema, stored: str, dtype: DTypeLike | None
 ) -> dict[str, np.ndarray]:
     """Reads tensors that fit a schema exactly, cast to a dtype unless it is None.
 
@@ -165,12 +169,12 @@ def read_stored(
         InputError: when the file is damaged, holds other tensors, or a number that is not finite.
     """
     tensors = read_tensors(path, schema, (stored,))
-    if dtype in (None, stored):
+    if dtype is None or float_dtype(dtype).name == stored:
         return tensors
     return {name: _cast(str(path), name, array, dtype) for name, array in tensors.items()}
 
 
-def _cast(where: str, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+def _cast(where: str, name: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     target = np.empty(array.shape, float_dtype(dtype))
     copy_finite(where, name, array, target)
     return target
@@ -182,9 +186,28 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
+def base_digest(config: ModelConfig, params: Params, split: AdapterSpec) -> str:
+    """SHA-256 of what an emulator of this model and split ships unchanged.
+
+    By it the model owner knows, at plug-in, which model and split an adapter is for. The middle
+    does not enter: a digest of it would let anyone check a guess at it.
+
+    Args:
+        config: of the model.
+        params: the full original model, in any dtype that holds it exactly.
+        split: which blocks are the adapter.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return shipped_digest(config, params.shell, adapter_of(params, split))
+
+
+def shipped_digest(config: ModelConfig, shell: Any, adapter: Adapter) -> str:
+    """The same digest from the original shell and outer blocks: split, names, shapes, numbers."""
+    split = adapter.split
+    digest = TensorDigest([split.num_bottom, split.num_top, split.inner])
+    for tensors in (shell_to_tensors(config, shell), adapter_to_tensors(config, adapter)):
+        for name, array in tensors:
+            digest.update(name, array)
     return digest.hexdigest()

@@ -112,7 +112,7 @@ reproduce() {
     [ ! -f "$out/$part/result.json" ] || results+=("$out/$part/result.json")
   done
   if [ "${#results[@]}" -gt 0 ]; then
-    "$GRADOT_PYTHON" -m benchmarks.published --model "$published" --result "${results[@]}" \
+    "$GRADOT_PYTHON" -m gradot_jax.comparison.published --model "$published" --result "${results[@]}" \
       | tee "$out/published.md"
   fi
   exit "$failed"

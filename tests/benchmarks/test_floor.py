@@ -7,10 +7,10 @@ import pytest
 from benchmarks import floor, phases
 from benchmarks.floor import Cost
 from benchmarks.workloads import WORKLOADS
-from gradot_jax.compression.rule import gradot_terms
 from gradot_jax.linalg.svd import SVD
-from gradot_jax.models.opt.params import get_block
-from gradot_jax.offsite.calibrate import attention_and_mlp
+from gradot_jax.methods.gradot import gradot_terms
+from gradot_jax.models.params import get_block
+from gradot_jax.nn.layout import maps
 
 SMOKE = WORKLOADS["cpu"]["smoke"]
 """1 + 2 + 1 blocks, D 16, F 32, V 24, T 8, B 2, S 2; so N = 16 and W = 4 * 256 + 2 * 512 = 2048.
@@ -110,10 +110,12 @@ def test_the_sweeps_operations_lie_between_each_pair_once_and_all_of_them():
 
 def test_scores_cost_the_products_that_xla_counts():
     width, ffn = WIDE.config.hidden_size, WIDE.config.ffn_dim
-    weights = attention_and_mlp(get_block(WIDE.params().segments[0], 0))
-    matrices = jnp.ones((4, width, width))
-    decomposition = SVD(matrices, jnp.ones((4, width)), matrices)
-    program = gradot_terms.lower(weights, decomposition, phases.unit_factors(WIDE)).compile()
+    block = get_block(WIDE.params().segments[0], 0)
+    square = jnp.ones((width, width))
+    parts = {site: SVD(square, jnp.ones(width), square) for site in block.layout.low_rank}
+    program = gradot_terms.lower(
+        block.layout, maps(block), parts, phases.unit_factors(WIDE)
+    ).compile()
     products = 16 * width**3 + 4 * width**2 * ffn
     assert program.cost_analysis()["flops"] == pytest.approx(products, rel=0.15)
 

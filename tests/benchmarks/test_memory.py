@@ -7,8 +7,8 @@ import pytest
 from benchmarks import memory
 from benchmarks.floor import Cost
 from benchmarks.harness import Phase
-from benchmarks.workloads import WORKLOADS
-from gradot_jax.models.opt.hf import load_opt
+from benchmarks.workloads import STEPS, WORKLOADS
+from gradot_jax.models.checkpoint import load_model
 
 SMOKE = WORKLOADS["cpu"]["smoke"]
 SMALL = dataclasses.replace(
@@ -27,10 +27,8 @@ def test_the_sweep_is_compared_with_a_gradient_and_two_layers_factors():
 def test_steps_need_less_memory_the_less_they_train():
     record = memory.compiled_steps(SMOKE)
     assert record["step_all"]["memory_reduction"] == 1
-    kinds = ("step_emulator", "step_full", "step_all")
-    assert [record[kind]["bytes"] for kind in kinds] == sorted(
-        record[kind]["bytes"] for kind in kinds
-    )
+    sizes = [record[kind]["bytes"] for kind in STEPS]
+    assert sizes == sorted(sizes)
 
 
 @LINUX
@@ -40,7 +38,7 @@ def test_what_a_run_holds_is_measured_above_what_was_held_before():
     def run():
         held.append(b"x" * (64 * 2**20 if held else 1))
 
-    phase = Phase(run=run, prepare=tuple, cost=Cost(), batches=0, tokens=0)
+    phase = Phase(run=run, cost=Cost())
     assert memory.held_by(phase) == pytest.approx(64 * 2**20, rel=0.1)
 
 
@@ -67,8 +65,8 @@ def test_a_process_is_watched_until_it_says_so():
         memory._watch(_python("pass"), until=said)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch, full):
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch, whole):
     commands = []
 
     def watch(command, until=""):
@@ -77,24 +75,26 @@ def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch, full):
         return dict.fromkeys(("peak_bytes", "peak_anonymous_bytes", "peak_file_bytes"), held)
 
     monkeypatch.setattr(memory, "_watch", watch)
+    if whole:
+        monkeypatch.setattr(memory, "_output", lambda command: ["checkpoint"])
     monkeypatch.setattr(memory, "_LENGTH", 16)
-    record = memory.compress_command(SMALL, full=full)
+    record = memory.compress_command(SMALL, whole=whole)
     *runs, bundled = commands
-    assert list(record["runs"]) == (["whole"] if full else ["layers", "after"])
+    assert list(record["runs"]) == (["whole"] if whole else ["layers", "after"])
     assert record["peak_bytes"] == 10**6 * len(runs) == record["share"] * record["allowed_bytes"]
     assert record["bundled_model_bytes"] == 10**6 * len(commands)
     assert any(part.endswith("tiny_opt") for part in bundled)
     parts = ("checkpoint_bytes", "layer_bytes", "boundary_bytes")
     assert record["allowed_bytes"] == sum(record[part] for part in parts)
     assert record["boundary_bytes"] == 4 * (4 + 1) * 4 * 16 * 16
-    # The same command was really asked what it would need.
+    # Once the same command is really asked what it would need.
     assert any("checkpoint" in line for line in record["estimate"])
     json.dumps(record)
 
 
 def test_the_written_checkpoint_is_one_in_float16(tmp_path):
     folder = memory.write_checkpoint(tmp_path / "model", SMALL)
-    config, params = load_opt(folder, dtype=None)
+    config, params = load_model(folder, dtype=None)
     assert config == SMALL
     assert params.shell.embed_tokens.dtype == "float16"
     assert (folder / "tokenizer.json").is_file()

@@ -1,10 +1,11 @@
 import json
+import re
 import sys
 
 import pytest
 
 from benchmarks import report
-from benchmarks.report import BEGIN, END, load_kinds, replace_section, section
+from benchmarks.report import BEGIN, END, PAGE, load_kinds, replace_section, section
 from gradot_jax.errors import InputError
 
 
@@ -78,26 +79,36 @@ def test_an_accelerators_results_take_the_place_of_the_empty_column(results):
     assert "| step emulator |  |  |  |  |  | 20 ms | 2.00 | 50% | 1.5 s | 2,048 MiB |" in text
 
 
-def test_the_readme_is_written_between_its_markers_and_checked(results, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    command = ["report", "--results", str(results), "--readme", str(readme)]
+def test_the_page_is_written_between_its_markers_and_checked(results, tmp_path, monkeypatch):
+    page = tmp_path / "docs" / "SPEED.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    command = ["report", "--results", str(results), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
     with pytest.raises(SystemExit, match="differ"):
         report.main()
-    assert "old" in readme.read_text()
+    assert "old" in page.read_text()
     monkeypatch.setattr(sys, "argv", command)
     report.main()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"\n{END}\nafter\n")
-    assert "old" not in text and "growth-width.png" in text
+    assert "old" not in text
+    assert "](../results/cpu/growth-width.png)" in text
     assert (results / "cpu" / "growth-width.png").stat().st_size > 1000
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
     report.main()
 
 
+def test_the_committed_page_is_that_of_the_committed_results():
+    text = PAGE.read_text()
+    kinds = load_kinds(report.RESULTS)
+    assert replace_section(text, section(kinds)) == text
+    links = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert links and all((PAGE.parent / link).is_file() for link in links)
+
+
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", f"{BEGIN}{BEGIN}{END}"])
-def test_a_readme_without_its_markers_is_refused(text):
+def test_a_page_without_its_markers_is_refused(text):
     with pytest.raises(InputError, match="once each"):
         replace_section(text, "new")
 

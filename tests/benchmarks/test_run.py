@@ -7,15 +7,33 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import run
-from benchmarks.measure import Task
-from benchmarks.run import Failed, apart, here, run_suite, run_workload
+from benchmarks import measure, run
+from benchmarks.measure import Failed
+from benchmarks.run import run_study, run_suite, run_workload
 from gradot_jax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_each_phase_of_the_cpu_suite_is_measured_apart_and_written_as_it_goes(tmp_path, capsys):
+SMALL_RATES = """
+from functools import partial
+from benchmarks import harness, measure
+harness.product_shapes = lambda workload: [(512, 512, 512)]
+harness.copy_rate = partial(harness.copy_rate, 2**20)
+measure.main()
+"""
+
+
+def test_each_phase_of_the_cpu_suite_has_its_own_process_and_is_written_as_it_goes(
+    tmp_path, monkeypatch, capsys
+):
+    command = measure._command
+
+    def with_small_rates(task):
+        own = command(task)
+        return [own[0], "-c", SMALL_RATES, *own[3:]] if task.phase == "rates" else own
+
+    monkeypatch.setattr(measure, "_command", with_small_rates)
     assert not run_suite("cpu", ["smoke"], ["step_full"], tmp_path, 300.0)
     result = json.loads((tmp_path / "smoke.json").read_text())
     assert list(result["phases"]) == ["gradient", "step_full"]
@@ -31,11 +49,9 @@ def test_each_phase_of_the_cpu_suite_is_measured_apart_and_written_as_it_goes(tm
     assert "smoke: step_full measured" in capsys.readouterr().out
 
 
-def test_the_device_suite_runs_in_one_process(tmp_path, monkeypatch):
+def test_the_device_suite_runs_in_one_process(tmp_path, monkeypatch, small_rates):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
-    monkeypatch.setattr("benchmarks.rates.product_shapes", lambda workload: [(8, 8, 8)])
-    monkeypatch.setattr("benchmarks.rates.copy_rate", lambda: 1e9)
-    monkeypatch.setattr(run, "apart", None)
+    monkeypatch.setattr(run, "in_subprocess", None)
     assert not run_suite("device", ["smoke"], ["decomposition"], tmp_path, 300.0)
     result = json.loads((tmp_path / "smoke.json").read_text())
     assert result["environment"]["num_devices"] == 8
@@ -69,14 +85,14 @@ def _measured(seconds: float):
 
 
 def test_a_phase_that_fails_is_named_and_the_others_are_measured(tmp_path):
-    def measure(suite, task, seconds):
+    def fails(task, seconds):
         if task.phase == "compress":
             raise Failed("ended with code 1")
         yield _measured(1.0)
 
     path = tmp_path / "smoke.json"
     phases = ["compress", "packaging"]
-    run_workload("cpu", "smoke", phases, path, time.monotonic() + 60, measure)
+    run_workload("cpu", "smoke", phases, path, time.monotonic() + 60, fails)
     result = json.loads(path.read_text())
     assert result["phases"]["compress"] == {"failed": "ended with code 1"}
     assert result["phases"]["packaging"]["gradients"] == 1
@@ -85,39 +101,14 @@ def test_a_phase_that_fails_is_named_and_the_others_are_measured(tmp_path):
 def test_a_study_is_written_as_it_grows_and_its_end_is_told(tmp_path):
     seen = []
 
-    def measure(suite, task, seconds):
+    def grows(task, seconds):
         for count in range(3):
             yield {"environment": {}, "record": {"count": count, "complete": count == 2}}
             seen.append(json.loads((tmp_path / "growth.json").read_text())["count"])
 
     deadline = time.monotonic() + 60
-    assert run.run_study("cpu", "growth", tmp_path / "growth.json", deadline, measure)
+    assert run_study("cpu", "growth", tmp_path / "growth.json", deadline, grows)
     assert seen == [0, 1, 2]
-
-
-def test_a_process_that_takes_too_long_is_ended_and_no_failure(monkeypatch):
-    command = ["-c", "import time; print('{}', flush=True); time.sleep(60)"]
-    monkeypatch.setattr(run, "_command", lambda suite, task: [sys.executable, *command])
-    start = time.monotonic()
-    assert list(apart("cpu", Task("smoke", "gradient"), 3.0)) == [{}]
-    assert time.monotonic() - start < 30
-
-
-def test_a_process_that_fails_is_a_failure(monkeypatch):
-    monkeypatch.setattr(run, "_command", lambda suite, task: [sys.executable, "-c", "exit(3)"])
-    with pytest.raises(Failed, match="code 3"):
-        list(apart("cpu", Task("smoke", "gradient"), 60.0))
-
-
-def test_a_mistake_in_this_process_is_a_failure_of_that_phase_alone(monkeypatch, capsys):
-    def records(suite, task):
-        raise ValueError("shapes differ")
-        yield
-
-    monkeypatch.setattr(run, "records", records)
-    monkeypatch.setattr(jax, "clear_caches", lambda: None)
-    with pytest.raises(Failed, match="ValueError: shapes differ"):
-        list(here("device", Task("smoke", "gradient"), 60.0))
 
 
 def test_the_suite_loads_nothing_but_numerical_libraries():

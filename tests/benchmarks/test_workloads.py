@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.phases import PHASES
 from benchmarks.workloads import SUITES, WORKLOADS
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.params import count_params
+from gradot_jax.models.params import count_params
+from gradot_jax.models.run import forward
 
 SMOKE = WORKLOADS["cpu"]["smoke"]
 ALL = [workload for suite in SUITES for workload in WORKLOADS[suite].values()]

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gradot_jax
 from gradot_jax.cli.inspect import Inspect
 from gradot_jax.cli.main import main
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.hf import load_opt, save_opt
-from gradot_jax.models.opt.params import init_params
-from gradot_jax.offsite import available
+from gradot_jax.memory import available
+from gradot_jax.models.checkpoint import load_model, save_model
+from gradot_jax.models.params import init_params, unstack_blocks
+from gradot_jax.models.run import forward
 from gradot_jax.offsite.adapter_file import load_adapter_for
-from gradot_jax.offsite.bundle import load_bundle
-from gradot_jax.offsite.interrupt import Interrupted
+from gradot_jax.offsite.bundle import receive
+from gradot_jax.training.stop import Interrupted
 
 IDS = np.array([[2, 4, 5, 7, 9, 11], [2, 22, 3, 8, 10, 6]], np.int32)
 DONE, USAGE, REFUSED = 0, 2, 3
@@ -53,8 +54,8 @@ def test_flax_checkpoint_goes_through_to_a_plugged_in_model(any_checkpoint, text
     plug_in = ["plug-in", "--model", str(any_checkpoint), "--adapter", str(tuned / "adapter")]
     assert main([*plug_in, "--owner", str(run / "owner"), "--out", str(out)]) == DONE
 
-    config, original = load_opt(any_checkpoint)
-    _, plugged = load_opt(out)
+    config, original = load_model(any_checkpoint)
+    _, plugged = load_model(out)
     before, after = original.segments[0], plugged.segments[0]
     assert not np.array_equal(before.fc1.kernel[0], after.fc1.kernel[0])
     np.testing.assert_array_equal(before.fc1.kernel[1], after.fc1.kernel[1])
@@ -70,10 +71,10 @@ def test_exported_emulator_is_the_emulator_in_torch(any_checkpoint, text, tmp_pa
     adapter = ["--adapter", str(tuned / "adapter")]
     assert main(["export", "--bundle", str(run / "bundle"), *adapter, "--out", str(out)]) == DONE
 
-    bundle = load_bundle(run / "bundle")
+    bundle = receive(run / "bundle")
     adapter = load_adapter_for(tuned / "adapter", bundle)
     logits = forward(bundle.config, bundle.emulator.assemble(adapter), IDS)
-    config, exported = load_opt(out)
+    config, exported = load_model(out)
     np.testing.assert_allclose(forward(config, exported, IDS), logits, atol=1e-5)
     np.testing.assert_allclose(torch_logits(out), logits, atol=1e-4)
 
@@ -136,18 +137,34 @@ def test_resumed_run_ends_where_an_unbroken_one_does(checkpoint, text, tmp_path)
     assert whole == parts
 
 
-@pytest.mark.parametrize("method", ["gradot", "layer-drop", "empty", "crash"])
+DRY_RUNS = {
+    "gradot": ("0.5", "1 x layer of rank 2, 6 channels", "224 of the middle's 448 (50.0%)"),
+    "layer-drop": ("1", "1 x layer of full rank, 12 channels", "448 of the middle's 448 (100.0%)"),
+    "crash": ("1", "1 x layer of full rank, 12 channels", "448 of the middle's 448 (100.0%)"),
+    "empty": ("0.5", "no layer", "0 of the middle's 448 (0.0%)"),
+}
+
+
+@pytest.mark.parametrize("method", DRY_RUNS)
 def test_a_dry_run_says_what_would_be_stored_and_does_nothing(
     checkpoint, text, tmp_path, capsys, method
 ):
-    run = tmp_path / "run"
-    assert compress(checkpoint, text, run, "--method", method, "--dry-run") == DONE
+    run, (budget, emulator, kernels) = tmp_path / "run", DRY_RUNS[method]
+    asked = ["--method", method, "--budget", budget, "--dry-run"]
+    assert compress(checkpoint, text, run, *asked) == DONE
     assert not run.exists()
     printed = capsys.readouterr().out
-    for part in ("emulator", "parameters kept", "bundle", "host: checkpoint", "at the peak"):
+    for part in (
+        "biases and norms",
+        "parameters shipped",
+        "bundle",
+        "host: checkpoint",
+        "at the peak",
+    ):
         assert part in printed
-    if method == "gradot":
-        assert "1 x layer of rank 2, 6 channels" in printed
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert lines["emulator"] == emulator
+    assert lines["kernels"].removeprefix("kept").strip() == kernels
 
 
 def test_a_compression_says_what_memory_it_takes_before_it_starts(
@@ -157,6 +174,37 @@ def test_a_compression_says_what_memory_it_takes_before_it_starts(
     first, *rest = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"memory: about [\d,]+ MiB( of [\d,]+ MiB available)? on the host", first)
     assert any("to ship" in line for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [("gradot", "0.5"), ("magnitude", "0.4"), ("layer-drop", "1")]
+)
+def test_a_compression_says_how_much_of_the_kernels_it_kept(
+    checkpoint, text, tmp_path, capsys, method, budget
+):
+    run = tmp_path / "run"
+    assert compress(checkpoint, text, run, "--method", method, "--budget", budget) == DONE
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept")]
+    # Counted in the arrays that were shipped, and in those of the layer behind the adapter.
+    stored = unstack_blocks(receive(run / "bundle").emulator.middle)
+    original = unstack_blocks(load_model(checkpoint)[1].segments)[1:]
+    kept, whole = map(kernel_parameters, (stored, original))
+    assert kept <= float(budget) * whole
+    assert line == f"kept: {kept / whole:.1%} of the middle's kernels, budget {float(budget):.1%}"
+
+
+def kernel_parameters(layers):
+    return sum(leaf.size for leaf in jax.tree.leaves(layers) if leaf.ndim == 2)
+
+
+@pytest.mark.parametrize("method", ["layer-drop", "offsite-tuning", "crash"])
+def test_a_budget_below_one_layer_is_refused_with_the_least(
+    checkpoint, text, tmp_path, capsys, method
+):
+    assert compress(checkpoint, text, tmp_path / "out", "--method", method) == REFUSED
+    error = capsys.readouterr().err
+    assert "budget 0.5: less than one of 1 layers, the least is 1" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_compression_that_does_not_fit_is_refused_unless_told_otherwise(
@@ -176,16 +224,16 @@ def test_a_half_precision_checkpoint_is_compressed_in_float32_as_it_is(
     checkpoint, text, tmp_path, method
 ):
     half, runs = tmp_path / "half", (tmp_path / "half run", tmp_path / "full run")
-    config, params = load_opt(checkpoint, dtype="float16")
-    save_opt(half, config, params, tokenizer_from=checkpoint)
+    config, params = load_model(checkpoint, dtype="float16")
+    save_model(half, config, params, tokenizer_from=checkpoint)
     full = tmp_path / "full"
-    save_opt(full, config, load_opt(half)[1], tokenizer_from=checkpoint)
+    save_model(full, config, load_model(half)[1], tokenizer_from=checkpoint)
     for model, run in zip((half, full), runs, strict=True):
         more = ["--method", method, "--store-dtype", "float32"]
         assert compress(model, text, run, *more) == DONE
     kept = [json.loads((run / "owner" / "plan.json").read_text())["layers"] for run in runs]
     assert kept[0] == kept[1]
-    reduced, whole = (load_bundle(run / "bundle") for run in runs)
+    reduced, whole = (receive(run / "bundle") for run in runs)
     assert reduced.manifest.base_digest == whole.manifest.base_digest
 
 
@@ -233,14 +281,12 @@ def test_existing_folder_is_replaced_only_when_told(checkpoint, text, tmp_path, 
 def test_adapter_of_another_model_is_refused(checkpoint, text, tmp_path, capsys):
     from safetensors.numpy import load_file
 
-    from gradot_jax.models.opt.hf import save_opt
-
     run, tuned, other = tmp_path / "run", tmp_path / "tuned", tmp_path / "other"
     assert compress(checkpoint, text, run) == DONE
     assert finetune(run / "bundle", text, tuned) == DONE
-    config, params = load_opt(checkpoint)
+    config, params = load_model(checkpoint)
     shell = params.shell.replace(embed_tokens=params.shell.embed_tokens * 1.01)
-    save_opt(other, config, params.replace(shell=shell))
+    save_model(other, config, params.replace(shell=shell))
     assert load_file(other / "model.safetensors")
     command = ["plug-in", "--model", str(other), "--adapter", str(tuned / "adapter")]
     assert main([*command, "--out", str(tmp_path / "out")]) == REFUSED
@@ -248,32 +294,33 @@ def test_adapter_of_another_model_is_refused(checkpoint, text, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["crash", "scaleot"])
-def test_adapter_that_the_method_chose_comes_back_to_its_layers(method, checkpoint, text, tmp_path):
-    from gradot_jax.models.opt.hf import save_opt
+OWN_ADAPTERS = {
+    "crash": ["--budget", "0.75"],
+    "scaleot": ["--scaleot.steps", "2", "--scaleot.harmonizer-rank", "2"],
+}
 
-    config = dataclasses.replace(load_opt(checkpoint)[0], num_hidden_layers=6)
+
+@pytest.mark.parametrize("method", OWN_ADAPTERS)
+def test_adapter_that_the_method_chose_comes_back_to_its_layers(method, checkpoint, text, tmp_path):
+    config = dataclasses.replace(load_model(checkpoint)[0], num_hidden_layers=6)
     deep, run, tuned, out = (tmp_path / name for name in ("deep", "run", "tuned", "out"))
     params = init_params(config, jax.random.key(0), jnp.float16)
-    save_opt(deep, config, params, tokenizer_from=checkpoint)
-    train = (
-        ["--scaleot.steps", "2", "--scaleot.harmonizer-rank", "2"] if method == "scaleot" else []
-    )
-    chosen = ["--method", method, "--adapter", "own", "--num-top", "1", *train]
+    save_model(deep, config, params, tokenizer_from=checkpoint)
+    chosen = ["--method", method, "--adapter", "own", "--num-top", "1", *OWN_ADAPTERS[method]]
     assert compress(deep, text, run, *chosen, "--dtype", "bfloat16") == DONE
     assert finetune(run / "bundle", text, tuned) == DONE
     plug_in = ["plug-in", "--model", str(deep), "--adapter", str(tuned / "adapter")]
     assert main([*plug_in, "--owner", str(run / "owner"), "--out", str(out)]) == DONE
-    spec = load_bundle(run / "bundle").emulator.adapter.spec
-    (before,), (after,) = params.segments, load_opt(out, dtype=None)[1].segments
+    split = receive(run / "bundle").emulator.adapter.split
+    (before,), (after,) = params.segments, load_model(out, dtype=None)[1].segments
     moved = [np.any(before.fc1.kernel[i] != after.fc1.kernel[i]) for i in range(6)]
-    assert [i for i in range(6) if moved[i]] == list(spec.layers(6))
+    assert [i for i in range(6) if moved[i]] == list(split.layers(6))
 
 
 def test_adapter_of_another_bundle_is_refused(checkpoint, text, tmp_path, capsys):
     run, other, tuned = tmp_path / "run", tmp_path / "other", tmp_path / "tuned"
     assert compress(checkpoint, text, run) == DONE
-    assert compress(checkpoint, text, other, "--method", "layer-drop") == DONE
+    assert compress(checkpoint, text, other, "--method", "magnitude") == DONE
     assert finetune(other / "bundle", text, tuned) == DONE
     command = ["plug-in", "--model", str(checkpoint), "--adapter", str(tuned / "adapter")]
     where = ["--owner", str(run / "owner"), "--out", str(tmp_path / "out")]
@@ -286,6 +333,14 @@ def test_debug_shows_the_traceback(checkpoint, text, tmp_path):
 
     with pytest.raises(InputError):
         compress(checkpoint, text, tmp_path / "out", "--budget", "2", "--debug")
+
+
+def test_version_is_told_by_the_program_and_by_the_package(capsys):
+    assert main(["--version"]) == DONE
+    assert capsys.readouterr().out == f"gradot {gradot_jax.__version__}\n"
+    command = [sys.executable, "-m", "gradot_jax", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (DONE, f"gradot {gradot_jax.__version__}\n")
 
 
 def test_usage_errors_exit_with_2(capsys):

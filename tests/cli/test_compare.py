@@ -54,10 +54,10 @@ def test_question_sets_on_a_checkpoint_go_through_and_go_on(checkpoint, data, te
         metric = result["tasks"][row["task"]]["metric"]
         assert 0 <= row["full_finetuned"][metric] <= 100
     cells = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
-    more = ["--methods", "full-finetune,gradot,empty,layer-drop"]
+    more = ["--methods", "full-finetune,gradot,empty,magnitude"]
     assert compare(checkpoint, data, text, out, *tasks, *more) == DONE
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in cells.items())
-    assert "| layer-drop" in (out / "table.md").read_text()
+    assert "| magnitude" in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
-from gradot_jax.comparison.task import FineTuning, Task, Validity
-from gradot_jax.comparison.testbed import Testbed
+from gradot_jax.comparison.testbed import FineTuning, Task, Testbed, Validity
 from gradot_jax.evaluation.perplexity import perplexity
+from gradot_jax.models.split import AdapterSpec
 from gradot_jax.nn.batch import Batch
-from gradot_jax.offsite.split import AdapterSpec
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def toy_task(toy_batch):
 
     def build(watch=lambda: None) -> Task:
         def examples(seed, size) -> Batch:
-            return Batch(*map(np.asarray, toy_batch(seed, size)))
+            return jax.tree.map(np.asarray, toy_batch(seed, size))
 
         test = examples(3, 4)
 

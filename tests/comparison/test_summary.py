@@ -3,18 +3,24 @@ import math
 import pytest
 
 from gradot_jax.comparison.report import report
-from gradot_jax.comparison.summary import paired_differences, select, summarise
-from gradot_jax.comparison.validity import validity
+from gradot_jax.comparison.summary import (
+    estimate,
+    paired_differences,
+    paired_interval,
+    select,
+    summarise,
+    validity,
+)
 
 TASK = {"label": "toy", "metric": "score", "higher_is_better": True}
 
 
-def make_result(rows, *, higher=True, subjects=(), compressions=(), gain=5, loss=5):
+def make_result(rows, *, higher=True, cases=(), compressions=(), gain=5, loss=5):
     task = {**TASK, "higher_is_better": higher, "validity": {"gain": gain, "loss": loss}}
     keys = [{k: row[k] for k in ("method", "budget", "draw")} for row in rows]
     return {
         "tasks": {"toy": task},
-        "subjects": [*keys, *subjects],
+        "cases": [*keys, *cases],
         "rows": rows,
         "compressions": list(compressions),
         "settings": {"draws": sorted({row["draw"] or 0 for row in rows})},
@@ -50,11 +56,12 @@ def test_differences_are_paired_by_seed_and_have_the_interval_of_the_pairs():
     rows = [row("gradot", v, seed=s) for s, v in enumerate((40.0, 50.0, 60.0))]
     others = ((2, 58.0), (0, 39.0), (1, 47.0))
     rows += [row("magnitude", v, seed=s, draw=None) for s, v in others]
-    (pair,) = paired_differences(make_result(rows))
+    gap = paired_differences(make_result(rows))[0]["plug_in"]
     # Differences -1, -3, -2: deviation 1, over the root of 3 pairs, times t = 4.30265.
-    mean, low, high, count = pair["plug_in"]
-    assert (mean, count) == (-2.0, 3)
-    assert (low, high) == pytest.approx((-2 - 4.30265 / 3**0.5, -2 + 4.30265 / 3**0.5), rel=1e-5)
+    assert (gap.mean, gap.count) == (-2.0, 3)
+    assert (gap.low, gap.high) == pytest.approx(
+        (-2 - 4.30265 / 3**0.5, -2 + 4.30265 / 3**0.5), rel=1e-5
+    )
 
 
 def test_a_positive_difference_is_better_where_lower_is_better():
@@ -65,7 +72,7 @@ def test_a_positive_difference_is_better_where_lower_is_better():
 
 def test_what_was_not_run_is_printed_as_such_and_single_runs_have_no_error():
     missing = {"method": "crash", "budget": 0.3, "draw": 0}
-    text = report(make_result([row("gradot", 41.25)], subjects=[missing]))
+    text = report(make_result([row("gradot", 41.25)], cases=[missing]))
     (ours,) = (line for line in text.splitlines() if line.startswith("| gradot"))
     (theirs,) = (line for line in text.splitlines() if line.startswith("| crash"))
     assert "41.2" in ours and "±" not in ours
@@ -79,11 +86,10 @@ def test_diverged_runs_are_printed_as_such():
 def test_with_several_draws_pairs_are_averaged_within_a_draw():
     rows = [row("gradot", 40.0 + 2 * d, seed=s, draw=d) for s in range(3) for d in (0, 1)]
     rows += [row("magnitude", 41.0 + s, seed=s, draw=None) for s in range(3)]
-    (pair,) = paired_differences(make_result(rows))
+    gap = paired_differences(make_result(rows))[0]["plug_in"]
     # Means over seeds: 2 on the first draw, 0 on the second; the deviation of the mean is 1.
-    mean, low, high, count = pair["plug_in"]
-    assert (mean, count) == (1.0, 2)
-    assert (low, high) == pytest.approx((1 - 12.7062, 1 + 12.7062), rel=1e-5)
+    assert (gap.mean, gap.count) == (1.0, 2)
+    assert (gap.low, gap.high) == pytest.approx((1 - 12.7062, 1 + 12.7062), rel=1e-5)
 
 
 def test_runs_that_tuned_nothing_are_named():
@@ -102,7 +108,7 @@ def test_validity_holds_where_it_should():
     assert validity(make_result(rows[::3]))["toy"]["V3"]["holds"] is None
 
 
-def test_variants_of_gradot_and_random_selection_are_not_judged():
+def test_variants_of_gradot_and_random_selection_are_left_out_of_validity():
     rows = [row("gradot", 40.0 + s, seed=s) for s in range(3)]
     rows += [row("gradot+", 41.0 - s, seed=s) for s in range(3)]
     rows += [row("random", 9.0, seed=s) for s in range(3)]
@@ -128,3 +134,28 @@ def test_without_the_empty_middle_nothing_is_said_of_validity():
 def test_selection_is_by_every_field():
     rows = [{"a": 1, "b": 2}, {"a": 1, "b": 3}]
     assert select(rows, a=1, b=3) == rows[1:]
+
+
+def test_mean_and_standard_error_are_those_of_the_formula():
+    mean, error, count = estimate([1.0, 2.0, 6.0])
+    assert (mean, count) == (3.0, 3)
+    # Deviations -2, -1, 3: sample variance 14 / 2, over 3 runs.
+    assert error == pytest.approx(math.sqrt(7 / 3))
+
+
+def test_one_run_has_no_error_and_no_interval():
+    assert estimate([4.0]) == (4.0, None, 1)
+    assert paired_interval([4.0]) == (4.0, None, None, 1)
+
+
+def test_a_diverged_run_spoils_the_mean():
+    mean, error, _ = estimate([1.0, math.nan])
+    assert math.isnan(mean) and error is None
+
+
+@pytest.mark.parametrize(("values", "quantile"), [([1.0, 3.0], 12.7062), ([1, 2, 6], 4.30265)])
+def test_interval_reaches_students_quantile_of_the_table(values, quantile):
+    interval = paired_interval(values)
+    reach = interval.high - interval.mean
+    assert reach == pytest.approx(quantile * estimate(values).error, rel=1e-5)
+    assert interval.mean - interval.low == pytest.approx(reach)

@@ -3,7 +3,14 @@ import json
 
 import pytest
 
-from gradot_jax.compression.plan import HarmonizerPlan, HarmonizerShape, LayerPlan, LayerShape, Plan
+from gradot_jax.compression.plan import (
+    EmulatorSpec,
+    HarmonizerPlan,
+    HarmonizerShape,
+    LayerPlan,
+    LayerShape,
+    Plan,
+)
 from gradot_jax.errors import InputError
 
 PLAN = Plan(
@@ -24,16 +31,30 @@ PLAN = Plan(
 
 def test_json_round_trip_gives_an_equal_plan_with_an_equal_hash():
     again = Plan.from_json(PLAN.to_json())
-    assert again == PLAN and hash(again) == hash(PLAN) and again.shapes == PLAN.shapes
+    assert again == PLAN and hash(again) == hash(PLAN) and again.emulator == PLAN.emulator
     empty = dataclasses.replace(PLAN, layers=(), inner=(), layer_map=())
     assert Plan.from_json(empty.to_json()) == empty
 
 
-def test_shapes_count_and_do_not_name_what_was_kept():
-    first, second, third = PLAN.shapes
-    assert third == HarmonizerShape(rank=3)
-    assert first == LayerShape(ranks=(("q_proj", 2), ("k_proj", None)), num_channels=3)
-    assert second == LayerShape(ranks=(("q_proj", 1), ("k_proj", 1)), num_channels=1)
+def test_what_ships_counts_and_does_not_name_what_was_kept():
+    shapes = (
+        LayerShape(ranks=(("q_proj", 2), ("k_proj", None)), num_channels=3),
+        LayerShape(ranks=(("q_proj", 1), ("k_proj", 1)), num_channels=1),
+        HarmonizerShape(rank=3),
+    )
+    assert PLAN.emulator == EmulatorSpec(
+        method="gradot",
+        attention_budget=0.5,
+        mlp_budget=0.6,
+        shapes=shapes,
+        layer_map=(0, 0, None, 1, 2),
+    )
+    # A plan that keeps as much elsewhere ships as the same.
+    elsewhere = LayerPlan(
+        layer=3, components=(("q_proj", (1, 2)), ("k_proj", None)), channels=(0, 2, 3)
+    )
+    moved = dataclasses.replace(PLAN, layers=(elsewhere, *PLAN.layers[1:]))
+    assert moved.emulator == PLAN.emulator
 
 
 def altered(change) -> str:

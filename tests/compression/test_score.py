@@ -6,6 +6,9 @@ import pytest
 from gradot_jax.compression.rank import keep_order
 from gradot_jax.compression.score import (
     ScoreTerms,
+    channel_energy,
+    channel_gradient,
+    channel_norms,
     channel_terms,
     combine,
     component_terms,
@@ -14,9 +17,11 @@ from gradot_jax.compression.score import (
 )
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.linalg.svd import SVD
+from gradot_jax.nn.layout import Channels
 from gradot_jax.nn.linear import Dense
 
 TOKENS = 9
+MLP, GATED = Channels(into=("fc1",), out="fc2"), Channels(into=("gate", "up"), out="down")
 
 
 def factors(d_in, d_out, seed=0, dead_in=(), dead_out=(), tokens=TOKENS):
@@ -93,37 +98,89 @@ def test_quadratic_and_whitened_terms_agree_in_the_norm_of_the_factors(assert_cl
     assert_close(quadratic_terms(decomposition, f), expected, "float32_model")
 
 
-def channel_case(d, f, bias, dead=(), rank=None):
+def channel_case(channels, widths, size, biased=(), dead=(), rank=None):
+    """Maps and factors of an MLP, float32.
+
+    Args:
+        channels: which maps.
+        widths: inputs of each map into the channels, and outputs of the map out of them.
+        size: F.
+        biased: those into the channels that have a bias.
+        dead: channels that are zero, and get no gradient, at every token.
+        rank: of the kernels.
+    """
     rng = np.random.default_rng(2)
-    b1 = rng.normal(size=f) if bias else None
-    fc1, fc2 = Dense(weights(d, f, rank), b1), Dense(weights(f, d, rank, seed=3), None)
-    as_float32 = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)  # noqa: E731
-    first = factors(d, f, seed=4, dead_out=dead)
-    return as_float32(fc1), as_float32(fc2), first, factors(f, d, seed=5, dead_in=dead)
+    *inputs, outputs = widths
+    layer, moments = {}, {}
+    for seed, (site, width) in enumerate(zip(channels.into, inputs, strict=True)):
+        bias = rng.normal(size=size) if site in biased else None
+        layer[site] = Dense(weights(width, size, rank, seed=1 + 10 * seed), bias)
+        moments[site] = factors(width, size, seed=4 + 10 * seed, dead_out=dead)
+    layer[channels.out] = Dense(weights(size, outputs, rank, seed=3), rng.normal(size=outputs))
+    moments[channels.out] = factors(size, outputs, seed=5, dead_in=dead)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layer), moments
 
 
-@pytest.mark.parametrize(
-    ("d", "f", "dead", "rank"),
-    [(1, 1, (), None), (3, 5, (1, 4), None), (5, 2, (), None), (4, 6, (0,), 1)],
-)
-@pytest.mark.parametrize("bias", [True, False])
-def test_channel_terms_equal_the_written_out_hessian(d, f, dead, rank, bias, assert_close):
-    fc1, fc2, f1, f2 = channel_case(d, f, bias, dead, rank)
-    w1, w2 = np.asarray(fc1.kernel, np.float64), np.asarray(fc2.kernel, np.float64)
-    d1, d2 = np.asarray(f1.gradient.kernel), np.asarray(f2.gradient.kernel)
-    if bias:
-        w1 = np.concatenate([w1, np.asarray(fc1.bias, np.float64)[None]])
-        d1 = np.concatenate([d1, np.asarray(f1.gradient.bias)[None]])
-    h1, h2 = hessian(f1, bias), hessian(f2)
-    moved, raised = np.zeros(f), np.zeros(f)
-    for j in range(f):
-        delta1, delta2 = np.zeros_like(w1), np.zeros_like(w2)
-        delta1[:, j], delta2[j] = -w1[:, j], -w2[j]
-        moved[j] = shift(h1, delta1) + shift(h2, delta2)
-        raised[j] = -(d1 * delta1).sum() - (d2 * delta2).sum()
-    terms = channel_terms(fc1, fc2, f1, f2)
+CASES = [(1, 1, (), None), (3, 5, (1, 4), None), (5, 2, (), None), (4, 6, (0,), 1)]
+MLPS = [
+    *(
+        (MLP, (d, d), f, biased, dead, rank)
+        for biased in (("fc1",), ())
+        for d, f, dead, rank in CASES
+    ),
+    (GATED, (1, 1, 1), 1, ("gate", "up"), (), None),
+    (GATED, (3, 4, 2), 5, ("gate",), (1, 4), None),
+    (GATED, (5, 3, 4), 2, ("up",), (), None),
+    (GATED, (4, 4, 4), 6, (), (0,), 1),
+]
+
+
+@pytest.mark.parametrize("case", MLPS)
+def test_channel_terms_equal_the_written_out_hessian(case, assert_close):
+    channels, _, size, biased, dead, _ = case
+    layer, moments = channel_case(*case)
+    moved, raised = np.zeros(size), np.zeros(size)
+    for site, weights in layer.items():
+        kernel = np.asarray(weights.kernel, np.float64)
+        slope = np.asarray(moments[site].gradient.kernel, np.float64)
+        if site in biased:
+            kernel = np.concatenate([kernel, np.asarray(weights.bias, np.float64)[None]])
+            slope = np.concatenate([slope, np.asarray(moments[site].gradient.bias)[None]])
+        h = hessian(moments[site], site in biased)
+        for j in range(size):
+            removal = np.zeros_like(kernel)
+            channel = (j,) if site == channels.out else (slice(None), j)
+            removal[channel] = -kernel[channel]
+            moved[j] += shift(h, removal)
+            raised[j] -= (slope * removal).sum()
+    terms = channel_terms(channels, layer, moments)
     assert_close(terms, ScoreTerms(moved, raised), "float32")
     assert not np.asarray(terms.hessian)[list(dead)].any()
+    assert_close(channel_gradient(channels, layer, moments), raised, "float32")
+
+
+@pytest.mark.parametrize("case", MLPS)
+def test_norms_are_those_of_all_weights_of_a_channel(case, assert_close):
+    channels = case[0]
+    layer, _ = channel_case(*case)
+    rows = []
+    for site, weights in layer.items():
+        kernel = np.asarray(weights.kernel, np.float64)
+        rows.append(kernel.T if site == channels.out else kernel)
+        if site in case[3]:
+            rows.append(np.asarray(weights.bias, np.float64)[None])
+    expected = np.linalg.norm(np.concatenate(rows), axis=0)
+    assert_close(channel_norms(channels, layer), expected, "float32")
+
+
+def test_energy_is_the_root_mean_square_of_what_a_channel_adds(assert_close):
+    tokens = np.random.default_rng(0).normal(size=(TOKENS, 5)).astype(np.float32)
+    out = Dense(jnp.asarray(weights(5, 3), jnp.float32), jnp.ones(3))
+    moments = KroneckerFactors(jnp.asarray(tokens.T @ tokens / TOKENS), None, None, None)
+    kernel = np.asarray(out.kernel, np.float64)
+    added = [np.outer(tokens[:, j].astype(np.float64), kernel[j]) for j in range(5)]
+    expected = np.sqrt([np.square(part).sum(1).mean() for part in added])
+    assert_close(channel_energy(out, moments), expected, "float32")
 
 
 def test_score_of_removals_bounds_that_of_their_sum():
@@ -135,24 +192,36 @@ def test_score_of_removals_bounds_that_of_their_sum():
     assert shift(hessian(f), delta) <= bound
 
 
-def test_permuting_channels_permutes_their_terms(assert_close):
-    fc1, fc2, f1, f2 = channel_case(3, 6, True)
+def permuted(channels, layer, moments, p):
+    """The same MLP with its channels in another order."""
+    maps, factors = dict(layer), dict(moments)
+    for site in channels.into:
+        weights, own, slope = layer[site], moments[site], moments[site].gradient
+        bias = None if weights.bias is None else weights.bias[p]
+        maps[site] = Dense(weights.kernel[:, p], bias)
+        factors[site] = own._replace(
+            gradient_covariance=own.gradient_covariance[p][:, p],
+            gradient=Dense(slope.kernel[:, p], slope.bias[p]),
+        )
+    out, own = layer[channels.out], moments[channels.out]
+    maps[channels.out] = out.replace(kernel=out.kernel[p])
+    factors[channels.out] = own._replace(
+        input_covariance=own.input_covariance[p][:, p],
+        input_mean=own.input_mean[p],
+        gradient=own.gradient.replace(kernel=own.gradient.kernel[p]),
+    )
+    return channels, maps, factors
+
+
+@pytest.mark.parametrize(
+    ("channels", "widths"), [(MLP, (3, 3)), (GATED, (3, 2, 4))], ids=["plain", "gated"]
+)
+def test_permuting_channels_permutes_their_terms(channels, widths, assert_close):
+    layer, moments = channel_case(channels, widths, 6, channels.into)
     p = np.array([3, 0, 5, 1, 4, 2])
-    d1, d2 = f1.gradient, f2.gradient
-    f1_permuted = f1._replace(
-        gradient_covariance=f1.gradient_covariance[p][:, p],
-        gradient=Dense(d1.kernel[:, p], d1.bias[p]),
-    )
-    f2_permuted = f2._replace(
-        input_covariance=f2.input_covariance[p][:, p],
-        input_mean=f2.input_mean[p],
-        gradient=Dense(d2.kernel[p], d2.bias),
-    )
-    permuted = channel_terms(
-        Dense(fc1.kernel[:, p], fc1.bias[p]), Dense(fc2.kernel[p], None), f1_permuted, f2_permuted
-    )
-    expected = jax.tree.map(lambda term: term[p], channel_terms(fc1, fc2, f1, f2))
-    assert_close(permuted, expected, "float32")
+    terms = channel_terms(*permuted(channels, layer, moments, p))
+    expected = jax.tree.map(lambda term: term[p], channel_terms(channels, layer, moments))
+    assert_close(terms, expected, "float32")
 
 
 def test_signs_of_a_component_do_not_change_its_terms(assert_close):
@@ -162,22 +231,28 @@ def test_signs_of_a_component_do_not_change_its_terms(assert_close):
         assert_close(terms(flipped, f), terms(decomposition, f), "float32")
 
 
-def test_without_gradient_the_loss_term_is_zero():
+def test_without_gradient_the_loss_term_is_zero(assert_close):
     bare = factors(5, 4)._replace(gradient=None)
     assert not np.asarray(component_terms(decompose(weights(5, 4)), bare).gradient).any()
-    fc1, fc2, f1, f2 = channel_case(3, 4, True)
-    terms = channel_terms(fc1, fc2, f1._replace(gradient=None), f2._replace(gradient=None))
-    assert not np.asarray(terms.gradient).any()
+    for channels, widths in ((MLP, (3, 3)), (GATED, (3, 2, 4))):
+        layer, moments = channel_case(channels, widths, 4, channels.into)
+        bare = {site: own._replace(gradient=None) for site, own in moments.items()}
+        terms = channel_terms(channels, layer, bare)
+        assert not np.asarray(terms.gradient).any()
+        assert_close(terms.hessian, channel_terms(channels, layer, moments).hessian, "float32")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_weights_are_scored_in_float32(dtype, assert_close):
-    fc1, fc2, f1, f2 = channel_case(3, 5, True)
-    half = jax.tree.map(lambda leaf: leaf.astype(dtype), (fc1, fc2))
+    layer, moments = channel_case(GATED, (3, 2, 4), 5, ("gate", "up"))
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), layer)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
-    terms = channel_terms(*half, f1, f2)
+    terms = channel_terms(GATED, half, moments)
     assert {term.dtype for term in terms} == {jnp.dtype("float32")}
-    assert_close(terms, channel_terms(*rounded, f1, f2), "float32")
+    assert_close(terms, channel_terms(GATED, rounded, moments), "float32")
+    norms = channel_norms(GATED, half), channel_norms(GATED, rounded)
+    assert norms[0].dtype == jnp.float32
+    assert_close(*norms, "float32")
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7, -2.0])
@@ -208,6 +283,8 @@ def test_terms_all_zero_give_a_finite_score_and_keep_the_first():
 def test_factors_of_another_shape_are_refused():
     with pytest.raises(AssertionError, match="shape"):
         component_terms(decompose(weights(5, 4)), factors(4, 5))
-    fc1, fc2, f1, f2 = channel_case(3, 5, True)
-    with pytest.raises(AssertionError, match="shape"):
-        channel_terms(fc1, Dense(fc2.kernel[:4], None), f1, f2)
+    for channels, widths in ((MLP, (3, 3)), (GATED, (3, 2, 4))):
+        layer, moments = channel_case(channels, widths, 5)
+        short = {**layer, channels.out: Dense(layer[channels.out].kernel[:4], None)}
+        with pytest.raises(AssertionError, match="shape"):
+            channel_terms(channels, short, moments)

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 from gradot_jax.curvature.factors import normalise, with_bias
-from gradot_jax.linalg.gram import gram
+from gradot_jax.curvature.tap import (
+    InputMoments,
+    tap_input,
+    tap_output,
+    zero_input_tap,
+)
+from gradot_jax.linalg.gram import gram, zero_gram
 from gradot_jax.nn.linear import Dense
-from gradot_jax.nn.tap import InputMoments, tap_input, tap_output, zero_input_tap, zero_output_tap
 
 N, D_IN, D_OUT = 7, 4, 3
 RNG = np.random.default_rng(0)
@@ -23,7 +28,7 @@ def tapped_factors(x, g):
         y = jnp.dot(tap_input(x, tap_in, None), dense.kernel)
         return tap_output(y + jnp.broadcast_to(dense.bias, y.shape), tap_out)
 
-    taps = zero_input_tap(x.shape[-1]), zero_output_tap(g.shape[-1])
+    taps = zero_input_tap(x.shape[-1]), zero_gram(g.shape[-1])
     gradient, inputs, outputs = jax.vjp(layer, Dense(W, B), *taps)[1](g)
     return normalise(inputs, outputs, gradient, len(x))
 

@@ -13,14 +13,7 @@ from gradot_jax.data.examples import (
     text_examples,
     token_stream,
 )
-from gradot_jax.data.records import (
-    Choice,
-    ChoiceRecords,
-    Item,
-    ItemRecords,
-    Prompt,
-    PromptRecords,
-)
+from gradot_jax.data.records import Choice, ChoiceRecords, Item, ItemRecords, Prompt, PromptRecords
 from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 from gradot_jax.nn.batch import Batch

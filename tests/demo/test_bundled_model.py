@@ -6,24 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from gradot_jax.compression.options import CompressionOptions
+from gradot_jax.calibration.fidelity import gradient_fidelity
 from gradot_jax.data.examples import eval_batches, take, text_examples
 from gradot_jax.data.tokenizer import load_tokenizer
+from gradot_jax.demo.bundled_tasks import calibration_examples, split_prose
 from gradot_jax.demo.corpus import bundled_facts, bundled_model, prose_documents, stdlib_sources
-from gradot_jax.demo.tasks import calibration_examples, split_prose
-from gradot_jax.models.opt.hf import load_opt
-from gradot_jax.models.opt.params import concatenate_blocks, count_params
+from gradot_jax.methods.compress import run_compression
+from gradot_jax.methods.options import CompressionOptions
+from gradot_jax.models.checkpoint import load_model
+from gradot_jax.models.params import concatenate_blocks, count_params, layers_at, stack_blocks
+from gradot_jax.models.split import AdapterSpec
 from gradot_jax.nn.linear import dense_kernel
-from gradot_jax.offsite.compress import run_compression
-from gradot_jax.offsite.fidelity import gradient_fidelity
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
 
 SPLIT = AdapterSpec(2, 2)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_opt(bundled_model())
+    return load_model(bundled_model())
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def emulators(model):
     config, params = model
     tokenizer = load_tokenizer(bundled_model())
     some = dict(list(stdlib_sources().items())[:40])
-    examples = calibration_examples(tokenizer, bundled_facts(), num_sequences=64, sources=some)
+    examples = calibration_examples(tokenizer, bundled_facts(), num_sequences=16, sources=some)
     batches = list(eval_batches(examples, 16))
     return {
         method: run_compression(
@@ -41,9 +41,12 @@ def emulators(model):
     }
 
 
+def middle_of(params):
+    return stack_blocks(layers_at(params.segments, SPLIT.middle_layers(params.num_layers)))
+
+
 def attention_error(params, emulator):
-    _, middle = split_blocks(params, SPLIT)
-    reduced = concatenate_blocks(emulator.middle)
+    middle, reduced = middle_of(params), concatenate_blocks(emulator.middle)
     errors = [
         np.square(dense_kernel(getattr(reduced, site)) - getattr(middle, site).kernel).sum()
         for site in ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -58,7 +61,7 @@ def test_lower_gradient_error_than_magnitude_at_equal_size_and_higher_weight_err
     documents = split_prose(prose_documents()).development
     tokenizer = load_tokenizer(bundled_model())
     held_out = text_examples(tokenizer, documents, 128, config.bos_token_id)
-    batches = list(eval_batches(take(held_out, slice(32)), 16))
+    batches = list(eval_batches(take(held_out, slice(16)), 16))
     gradot, magnitude = (
         gradient_fidelity(config, params, emulators[name], batches).adapter
         for name in ("gradot", "magnitude")
@@ -71,10 +74,9 @@ def test_lower_gradient_error_than_magnitude_at_equal_size_and_higher_weight_err
 
 
 def test_emulator_holds_no_array_of_the_original_middle(model, emulators):
-    _, middle = split_blocks(model[1], SPLIT)
     originals = {
         np.asarray(matrix).tobytes()
-        for leaf in jax.tree.leaves(middle)
+        for leaf in jax.tree.leaves(middle_of(model[1]))
         if leaf.ndim == 3
         for matrix in leaf
     }

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from gradot_jax.models.checkpoint import save_model
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.hf import save_opt
-from gradot_jax.models.opt.params import init_params
+from gradot_jax.models.params import init_params
 
 WORDS = "the cat dog sat ran on under a mat log and then home it was red green big old new".split()
 CONFIG = OPTConfig(
@@ -27,6 +27,17 @@ CONFIG = OPTConfig(
 )
 
 
+PROGRAM = """
+import functools
+from jaxlib import _jax
+# Left to themselves, the collectives of XLA for CPUs look up the name of the machine.
+collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname="127.0.0.1")
+_jax.make_gloo_tcp_collectives = collectives
+from gradot_jax.cli.main import program
+program()
+"""
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
@@ -37,7 +48,7 @@ def checkpoint(tmp_path_factory):
         return (gain + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
 
     shapes = jax.eval_shape(lambda key: init_params(CONFIG, key), jax.random.key(0))
-    save_opt(folder, CONFIG, jax.tree.map_with_path(fill, shapes))
+    save_model(folder, CONFIG, jax.tree.map_with_path(fill, shapes))
     vocabulary = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *WORDS])
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
@@ -63,10 +74,10 @@ def start_together():
 
     def start(arguments):
         with socket.socket() as probe:
-            probe.bind(("localhost", 0))
+            probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        cluster = ["--distributed", "--coordinator", f"localhost:{port}", "--num-processes", "2"]
-        program = [sys.executable, "-m", "gradot_jax.cli.main", *map(str, arguments), *cluster]
+        cluster = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
+        program = [sys.executable, "-c", PROGRAM, *map(str, arguments), *cluster]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
         for process_id in ("0", "1"):
             process = subprocess.Popen(

@@ -4,8 +4,8 @@ import pytest
 import scipy.special
 
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.params import init_params
+from gradot_jax.models.params import init_params
+from gradot_jax.models.run import forward
 from gradot_jax.nn.batch import Batch
 
 

@@ -26,10 +26,10 @@ from gradot_jax.evaluation.lm_eval import HarnessModel
 from gradot_jax.evaluation.multiple_choice import multiple_choice
 from gradot_jax.evaluation.perplexity import perplexity
 from gradot_jax.evaluation.scores import sequence_scores
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.hf import load_opt
+from gradot_jax.models.checkpoint import load_model
+from gradot_jax.models.run import forward
+from gradot_jax.models.split import AdapterSpec, adapter_of
 from gradot_jax.offsite.plug_in import plug_in
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
 from gradot_jax.parallel import make_mesh
 
 MODULES = "os json random string tarfile logging".split()
@@ -47,8 +47,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def models():
     """The bundled model, and the same around a tuned adapter."""
-    config, params = load_opt(bundled_model())
-    adapter, _ = split_blocks(params, AdapterSpec(2, 2))
+    config, params = load_model(bundled_model())
+    adapter = adapter_of(params, AdapterSpec(2, 2))
     tuned = jax.tree.map(lambda leaf: leaf + 0.05 * np.abs(leaf).max() * np.sign(leaf), adapter)
     return {"full": (config, params), "plugged_in": (config, plug_in(params, tuned))}
 
@@ -269,8 +269,8 @@ from lm_eval.tasks import TaskManager
 from gradot_jax.data.tokenizer import load_tokenizer
 from gradot_jax.demo.corpus import bundled_model
 from gradot_jax.evaluation.lm_eval import HarnessModel
-from gradot_jax.models.opt.hf import load_opt
-model = HarnessModel(*load_opt(bundled_model()), load_tokenizer(bundled_model()))
+from gradot_jax.models.checkpoint import load_model
+model = HarnessModel(*load_model(bundled_model()), load_tokenizer(bundled_model()))
 manager = TaskManager(include_path={str(tasks)!r}, include_defaults=False)
 found = simple_evaluate(model=model, tasks=["items"], task_manager=manager, limit=2)
 assert 0 <= found["results"]["items"]["acc,none"] <= 1

@@ -7,7 +7,7 @@ import pytest
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.mapped import map_flax, map_safetensors
-from gradot_jax.files.tensors import write_tensors
+from gradot_jax.files.safetensors import write_tensors
 
 ARRAYS = {
     "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradot_jax.compression.plan import LayerPlan, Plan
+from gradot_jax.compression.plan import EmulatorSpec, LayerPlan, Plan
+from gradot_jax.models.opt.block import LAYOUT, Block
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.params import (
-    ATTENTION_SITES,
-    Block,
+from gradot_jax.models.params import (
     Params,
     get_block,
     init_params,
@@ -21,9 +20,10 @@ from gradot_jax.models.opt.params import (
     slice_blocks,
     unstack_blocks,
 )
+from gradot_jax.models.split import Adapter, AdapterSpec
 from gradot_jax.nn.linear import Dense, LowRank
+from gradot_jax.offsite.bundle import ship
 from gradot_jax.offsite.emulator import Emulator
-from gradot_jax.offsite.split import Adapter, AdapterSpec
 
 CONFIG = OPTConfig(
     vocab_size=24,
@@ -42,18 +42,19 @@ CUTS = ((LAYER, 12), (LAYER, 12), (LAYER | {"q_proj": None}, 20))
 @dataclasses.dataclass(frozen=True)
 class Case:
     config: OPTConfig
-    spec: AdapterSpec
+    split: AdapterSpec
     params: Params
     emulator: Emulator
     plan: Plan
 
-    def save_options(self) -> dict:
-        return {
-            "method": self.plan.method,
-            "attention_budget": self.plan.attention_budget,
-            "mlp_budget": self.plan.mlp_budget,
-            "shapes": self.plan.shapes,
-        }
+    def spec(self, **changes) -> EmulatorSpec:
+        """What ships of the plan, with some fields changed."""
+        return dataclasses.replace(self.plan.emulator, **changes)
+
+    def write(self, path, emulator=None, spec=None, **options) -> str:
+        """Writes the bundle, or one of what is given in its place; returns its digest."""
+        emulator = self.emulator if emulator is None else emulator
+        return ship(path, self.config, spec or self.spec(), emulator, **options)
 
 
 def _truncate(weights: Dense, rank: int | None) -> Dense | LowRank:
@@ -65,7 +66,7 @@ def _truncate(weights: Dense, rank: int | None) -> Dense | LowRank:
 
 
 def _cut(block: Block, ranks: dict, channels: int) -> Block:
-    sites = {site: _truncate(getattr(block, site), ranks[site]) for site in ATTENTION_SITES}
+    sites = {site: _truncate(getattr(block, site), ranks[site]) for site in LAYOUT.low_rank}
     bias = None if block.fc1.bias is None else block.fc1.bias[1 : channels + 1]
     return block.replace(
         **sites,
@@ -109,13 +110,13 @@ def make_case() -> Callable[..., Case]:
         params = jax.tree.map(
             lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(jnp.dtype(dtype)), shapes
         )
-        spec = AdapterSpec(1, 1)
+        split = AdapterSpec(1, 1)
         adapter = Adapter(*(slice_blocks(params.segments[0], i, i + 1) for i in (0, 4)))
         layers = [get_block(params.segments[0], j + 1) for j in range(3)]
         blocks = [_cut(block, *cut) for block, cut in zip(layers, CUTS, strict=True)]
         emulator = Emulator(params.shell, adapter, segment_blocks(blocks))
         params, emulator = jax.tree.map(jnp.asarray, (params, emulator))
-        return Case(config, spec, params, emulator, _plan())
+        return Case(config, split, params, emulator, _plan())
 
     return make
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gradot_jax.errors import InputError
-from gradot_jax.files.tensors import iterate_tensors, write_tensors
-from gradot_jax.models.opt.params import depth
+from gradot_jax.files.safetensors import iterate_tensors, write_tensors
+from gradot_jax.models.split import Adapter, AdapterSpec, adapter_of
 from gradot_jax.offsite.adapter_file import (
     adapter_report,
     check_adapter,
@@ -22,16 +22,14 @@ from gradot_jax.offsite.adapter_file import (
     load_adapter_for,
     save_adapter,
 )
-from gradot_jax.offsite.bundle import Bundle, load_bundle, save_bundle
-from gradot_jax.offsite.digest import base_digest
+from gradot_jax.offsite.bundle import Bundle, receive
 from gradot_jax.offsite.plug_in import plug_in
-from gradot_jax.offsite.sealed_folder import record_files
-from gradot_jax.offsite.split import Adapter, AdapterSpec, split_blocks
+from gradot_jax.offsite.sealed_folder import base_digest, record_files
 
 
 def make_bundle(folder: Path, case, **options) -> Bundle:
-    save_bundle(folder, case.config, case.emulator, **case.save_options() | options)
-    return load_bundle(folder)
+    case.write(folder, **options)
+    return receive(folder)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,7 @@ def refused(folder: Path, config, *named: str) -> None:
 def test_adapter_returns_exactly(case, bundle, tuned, written):
     loaded, manifest = load_adapter(written, case.config)
     chex.assert_trees_all_equal(loaded, tuned)
-    assert loaded.spec == manifest.spec == case.spec
+    assert loaded.split == manifest.split == case.split
     assert manifest.emulator_digest == bundle.digest
     assert manifest.base_digest == bundle.manifest.base_digest
 
@@ -97,25 +95,24 @@ def test_half_precision_adapter_returns_exactly(make_case, tmp_path, dtype):
     check_adapter(manifest, case.config, case.params)
 
 
-@pytest.mark.parametrize("spec", [AdapterSpec(0, 2), AdapterSpec(2, 0)])
-def test_adapter_of_one_side_returns_with_its_empty_stack(case, tmp_path, spec):
-    adapter, middle = split_blocks(case.params, spec)
+@pytest.mark.parametrize("split", [AdapterSpec(0, 2), AdapterSpec(2, 0)])
+def test_adapter_of_one_side_returns_with_its_empty_stack(case, tmp_path, split):
+    adapter = adapter_of(case.params, split)
     emulator = case.emulator.replace(adapter=adapter)
-    options = case.save_options()
-    save_bundle(tmp_path / "bundle", case.config, emulator, **options)
-    opened = load_bundle(tmp_path / "bundle")
+    opened = make_bundle(tmp_path / "bundle", case, emulator=emulator)
     chex.assert_trees_all_equal(opened.emulator, emulator)
     save_adapter(tmp_path / "adapter", adapter, opened)
     loaded, manifest = load_adapter(tmp_path / "adapter", case.config)
     chex.assert_trees_all_equal(loaded, adapter)
     check_adapter(manifest, case.config, case.params)
-    assert depth(middle) == 3
 
 
 def test_untuned_adapter_plugged_in_is_the_original(case, bundle, tmp_path):
     save_adapter(tmp_path / "a", bundle.emulator.adapter, bundle)
     loaded, manifest = load_adapter(tmp_path / "a", case.config)
-    check_adapter(manifest, case.config, case.params, spec=case.spec, emulator_digest=bundle.digest)
+    check_adapter(
+        manifest, case.config, case.params, split=case.split, emulator_digest=bundle.digest
+    )
     chex.assert_trees_all_equal(plug_in(case.params, loaded), case.params)
 
 
@@ -136,7 +133,7 @@ def test_adapter_of_another_shape_is_refused_on_saving(make_case, bundle, tmp_pa
 
 
 def test_adapter_of_another_split_is_refused_on_saving(case, bundle, tmp_path):
-    deeper, _ = split_blocks(case.params, AdapterSpec(2, 1))
+    deeper = adapter_of(case.params, AdapterSpec(2, 1))
     with pytest.raises(InputError, match="num_bottom=2"):
         save_adapter(tmp_path / "a", deeper, bundle)
     assert not list(tmp_path.iterdir())
@@ -164,7 +161,7 @@ def test_adapter_of_another_configuration_is_refused_by_the_field(make_case, wri
 def test_adapter_of_another_split_is_refused_at_plug_in(case, written):
     _, manifest = load_adapter(written, case.config)
     with pytest.raises(InputError, match="another split"):
-        check_adapter(manifest, case.config, case.params, spec=AdapterSpec(2, 1))
+        check_adapter(manifest, case.config, case.params, split=AdapterSpec(2, 1))
 
 
 def test_adapter_tuned_in_another_bundle_is_refused_when_only_one_will_do(case, written):
@@ -176,17 +173,15 @@ def test_adapter_tuned_in_another_bundle_is_refused_when_only_one_will_do(case, 
 def test_adapter_is_run_only_in_the_bundle_it_was_tuned_in(case, bundle, tuned, written, tmp_path):
     loaded = load_adapter_for(written, bundle, dtype="bfloat16")
     chex.assert_trees_all_equal(loaded, jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tuned))
-    other = make_bundle(tmp_path / "other", case, method="magnitude")
+    other = make_bundle(tmp_path / "other", case, spec=case.spec(method="magnitude"))
     with pytest.raises(InputError, match="another bundle"):
         load_adapter_for(written, other)
 
 
 def test_original_is_known_by_its_digest_though_the_emulator_was_cut_from_a_cast(case, tmp_path):
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), case.emulator)
-    digest = base_digest(case.config, case.params, case.spec)
-    options = case.save_options() | {"base_digest": digest}
-    save_bundle(tmp_path / "bundle", case.config, half, **options)
-    opened = load_bundle(tmp_path / "bundle")
+    digest = base_digest(case.config, case.params, case.split)
+    opened = make_bundle(tmp_path / "bundle", case, emulator=half, base_digest=digest)
     save_adapter(tmp_path / "adapter", opened.emulator.adapter, opened)
     _, manifest = load_adapter(tmp_path / "adapter", case.config)
     check_adapter(manifest, case.config, case.params)

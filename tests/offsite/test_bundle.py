@@ -13,17 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from gradot_jax.errors import InputError
-from gradot_jax.files.tensors import iterate_tensors, write_tensors
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.params import SITES, count_params
+from gradot_jax.files.safetensors import iterate_tensors, write_tensors
+from gradot_jax.models.checkpoint import load_model, save_model
+from gradot_jax.models.opt.block import LAYOUT
+from gradot_jax.models.params import count_params, layers_at
+from gradot_jax.models.run import forward
+from gradot_jax.models.split import AdapterSpec, adapter_of
 from gradot_jax.offsite import sealed_folder
-from gradot_jax.offsite.bundle import load_bundle, save_bundle
+from gradot_jax.offsite.adapter_file import load_adapter, save_adapter
+from gradot_jax.offsite.bundle import receive, ship
 from gradot_jax.offsite.card import count_parameters
-from gradot_jax.offsite.digest import base_digest
 from gradot_jax.offsite.emulator import build_emulator
-from gradot_jax.offsite.split import AdapterSpec, adapter_of, split_blocks
+from gradot_jax.offsite.sealed_folder import base_digest
 
 FILES = ("README.md", "adapter.safetensors", "emulator.safetensors")
 
@@ -37,14 +41,10 @@ VARIANTS = {
 }
 
 
-def write_bundle(path, case, **options) -> str:
-    return save_bundle(path, case.config, case.emulator, **case.save_options() | options)
-
-
 @pytest.fixture(scope="module")
 def written(case, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    write_bundle(folder, case)
+    case.write(folder)
     return folder
 
 
@@ -55,13 +55,13 @@ def bundle(written, tmp_path) -> Path:
 
 def test_an_emulator_on_the_host_is_written_as_one_on_a_device(case, written, on_host, tmp_path):
     params = on_host(case.params)
-    layers = jax.tree.map(np.asarray, case.emulator.stored_layers)
-    emulator = build_emulator(params.shell, adapter_of(params, case.spec), layers)
-    save_bundle(tmp_path / "bundle", case.config, emulator, **case.save_options())
+    layers = jax.tree.map(np.asarray, list(case.emulator.stored_layers()))
+    emulator = build_emulator(params.shell, adapter_of(params, case.split), layers)
+    case.write(tmp_path / "bundle", emulator)
     for file in written.iterdir():
         assert (tmp_path / "bundle" / file.name).read_bytes() == file.read_bytes()
-    assert base_digest(case.config, params, case.spec) == base_digest(
-        case.config, case.params, case.spec
+    assert base_digest(case.config, params, case.split) == base_digest(
+        case.config, case.params, case.split
     )
 
 
@@ -76,7 +76,7 @@ def test_one_tensor_at_a_time_is_cast_and_written(case, tmp_path, monkeypatch):
         return array
 
     monkeypatch.setattr(sealed_folder, "_cast", follow)
-    write_bundle(tmp_path / "bundle", case, dtype="float16")
+    case.write(tmp_path / "bundle", dtype="float16")
     assert len(cast) > 20 and max(alive) <= 1
 
 
@@ -124,7 +124,7 @@ def refused(folder: Path, *named: str) -> None:
     """Asserts that a bundle is refused with a message that names all of `named`."""
     before = sorted(os.listdir(folder))
     with pytest.raises(InputError) as caught:
-        load_bundle(folder)
+        receive(folder)
     for name in named:
         assert name in str(caught.value)
     assert sorted(os.listdir(folder)) == before
@@ -133,18 +133,18 @@ def refused(folder: Path, *named: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bundle_returns_the_emulator_exactly(variant, make_case, tmp_path):
     case = make_case(**VARIANTS[variant])
-    digest = write_bundle(tmp_path / "b", case)
-    loaded = load_bundle(tmp_path / "b")
+    digest = case.write(tmp_path / "b")
+    loaded = receive(tmp_path / "b")
     chex.assert_trees_all_equal(loaded.emulator, case.emulator)
     chex.assert_trees_all_equal_dtypes(loaded.emulator, case.emulator)
     assert loaded.config == case.config
-    assert loaded.manifest.spec == case.spec
-    assert loaded.manifest.shapes == case.plan.shapes
+    assert loaded.manifest.split == case.split
+    assert loaded.manifest.emulator == case.plan.emulator
     assert loaded.digest == digest
     assert len(loaded.emulator.middle) == 2
 
 
-def test_padding_in_memory_is_trimmed_on_disk(case, written, tmp_path):
+def test_an_emulator_of_other_sizes_than_planned_is_refused(case, tmp_path):
     def pad(stack):
         def widen(array, axis):
             return jnp.concatenate([array, jnp.zeros_like(array)], axis)
@@ -158,55 +158,72 @@ def test_padding_in_memory_is_trimmed_on_disk(case, written, tmp_path):
         )
 
     padded = case.emulator.replace(middle=tuple(map(pad, case.emulator.middle)))
-    save_bundle(tmp_path / "b", case.config, padded, **case.save_options())
-    for name in FILES:
-        assert (tmp_path / "b" / name).read_bytes() == (written / name).read_bytes()
-
-
-def test_more_than_zeros_beyond_the_planned_size_is_refused(case, tmp_path):
-    smaller = [dataclasses.replace(shape, num_channels=7) for shape in case.plan.shapes]
-    with pytest.raises(InputError, match="middle layer 0, fc1: not zero beyond"):
-        write_bundle(tmp_path / "b", case, shapes=tuple(smaller))
+    # Zeros beyond the planned size are sizes that were not planned, too.
+    with pytest.raises(InputError, match=r"middle layer 0, v_proj: .*\(16, 10\).*\(16, 5\)"):
+        case.write(tmp_path / "b", padded)
+    shapes = case.plan.emulator.shapes
+    smaller = tuple(dataclasses.replace(shape, num_channels=7) for shape in shapes)
+    with pytest.raises(InputError, match=r"middle layer 0, fc1: .*\(16, 12\).*\(16, 7\)"):
+        case.write(tmp_path / "b", spec=case.spec(shapes=smaller))
+    factored = (*shapes[:2], shapes[0])
+    with pytest.raises(InputError, match=r"middle layer 2, q_proj: got Dense .*, planned LowRank"):
+        case.write(tmp_path / "b", spec=case.spec(shapes=factored))
     assert not list(tmp_path.iterdir())
 
 
 def test_full_original_cannot_be_shipped_by_mistake(case, tmp_path):
     with pytest.raises(InputError, match="Emulator, got Params"):
-        save_bundle(tmp_path / "b", case.config, case.params, **case.save_options())
+        case.write(tmp_path / "b", case.params)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "message"),
     [
         ({"method": "a b\n"}, "method"),
         ({"attention_budget": 0.0}, "budget attention"),
-        ({"dtype": "float64"}, "dtype"),
         ({"shapes": ()}, "layer_map"),
     ],
 )
-def test_what_could_not_be_read_back_is_not_written(case, tmp_path, options, message):
+def test_what_could_not_be_read_back_is_not_written(case, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        write_bundle(tmp_path / "b", case, **options)
+        case.write(tmp_path / "b", spec=case.spec(**changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "no such", np.dtype("float64")])
+def test_a_dtype_in_which_weights_are_not_stored_is_refused(case, written, tmp_path, dtype):
+    with pytest.raises(InputError, match=r"dtype .* is not one of float32, float16, bfloat16"):
+        case.write(tmp_path / "b", dtype=dtype)
+    with pytest.raises(InputError, match=r"dtype .* is not one of float32, float16, bfloat16"):
+        receive(written, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, np.dtype("float32"), jnp.bfloat16, np.float16])
+def test_a_dtype_is_taken_in_every_form_that_jax_takes(case, tmp_path, dtype):
+    model, bundle, tuned = (tmp_path / name for name in ("model", "bundle", "tuned"))
+    save_model(model, case.config, case.params, dtype=dtype)
+    config, params = load_model(model, dtype=dtype)
+    ship(bundle, config, case.plan, case.emulator, dtype=dtype)
+    received = receive(bundle, dtype=dtype)
+    save_adapter(tuned, received.emulator.adapter, received, dtype=dtype)
+    adapter, manifest = load_adapter(tuned, config, dtype=dtype)
+    assert received.manifest.dtype == manifest.dtype == jnp.dtype(dtype).name
+    for tree in (load_model(model, dtype=None)[1], params, received.emulator, adapter):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
 
 
 def test_number_out_of_range_of_the_stored_dtype_is_refused(case, tmp_path):
     tables = case.emulator.shell.replace(embed_tokens=case.emulator.shell.embed_tokens + 1e6)
     with pytest.raises(InputError, match=r"embed_tokens.weight holds numbers out of the range"):
-        save_bundle(
-            tmp_path / "b",
-            case.config,
-            case.emulator.replace(shell=tables),
-            **case.save_options(),
-            dtype="float16",
-        )
+        case.write(tmp_path / "b", case.emulator.replace(shell=tables), dtype="float16")
     assert not list(tmp_path.iterdir())
 
 
 def test_emulator_can_be_stored_and_loaded_in_other_dtypes(case, tmp_path):
-    write_bundle(tmp_path / "b", case, dtype="bfloat16")
-    stored, cast = load_bundle(tmp_path / "b"), load_bundle(tmp_path / "b", dtype="float32")
+    case.write(tmp_path / "b", dtype="bfloat16")
+    stored, cast = receive(tmp_path / "b"), receive(tmp_path / "b", dtype="float32")
     assert stored.manifest.dtype == "bfloat16"
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.emulator)
     chex.assert_trees_all_equal(stored.emulator, expected)
@@ -216,7 +233,7 @@ def test_emulator_can_be_stored_and_loaded_in_other_dtypes(case, tmp_path):
 
 
 def test_loaded_emulator_computes_the_same_logits(case, written):
-    loaded = load_bundle(written)
+    loaded = receive(written)
     ids = jnp.arange(8).reshape(1, 8)
     chex.assert_trees_all_equal(
         forward(loaded.config, loaded.emulator.assemble(), ids),
@@ -227,21 +244,17 @@ def test_loaded_emulator_computes_the_same_logits(case, written):
 def test_no_matrix_of_the_original_middle_is_in_the_bundle(make_case, tmp_path):
     case = make_case()
     # The planned dense matrix is the original's by intent; here every matrix is compressed.
-    shapes = case.plan.shapes[:2]
-    emulator = case.emulator.replace(middle=case.emulator.middle[:1])
-    options = case.save_options() | {"shapes": shapes}
-    save_bundle(tmp_path / "b", case.config, emulator, **options)
+    spec = case.spec(shapes=case.plan.emulator.shapes[:2], layer_map=(0, 1))
+    case.write(tmp_path / "b", case.emulator.replace(middle=case.emulator.middle[:1]), spec)
     shipped = {
         array.tobytes()
         for name in ("emulator.safetensors", "adapter.safetensors")
         for _, array in iterate_tensors(tmp_path / "b" / name)
     }
-    _, middle = split_blocks(case.params, case.spec)
     # Norms, and biases of the residual stream, have nothing to compress and go along.
-    secret = [np.asarray(getattr(middle, site).kernel) for site in SITES]
-    secret.append(np.asarray(middle.fc1.bias))
-    for stack in secret:
-        for array in stack:
+    for block in layers_at(case.params.segments, case.split.middle_layers(5)):
+        secret = [np.asarray(getattr(block, site.name).kernel) for site in LAYOUT.sites]
+        for array in (*secret, np.asarray(block.fc1.bias)):
             assert array.tobytes() not in shipped
             assert np.ascontiguousarray(array.T).tobytes() not in shipped
 
@@ -255,22 +268,55 @@ def test_bundle_names_no_place_and_no_kept_index(written):
         assert place not in text
 
 
-def test_plan_with_its_kept_indices_is_not_accepted(case, tmp_path):
-    with pytest.raises(TypeError):
-        write_bundle(tmp_path / "b", case, plan=case.plan)
+def test_a_plan_is_shipped_without_its_kept_indices(case, written, tmp_path):
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            components=tuple(
+                (site, kept and tuple(16 - len(kept) + i for i in kept))
+                for site, kept in layer.components
+            ),
+            channels=tuple(31 - i for i in reversed(layer.channels)),
+        )
+        for layer in case.plan.layers
+    )
+    other = dataclasses.replace(case.plan, layers=layers)
+    assert other.emulator == case.plan.emulator and other != case.plan
+    for name, plan in (("one", case.plan), ("other", other)):
+        ship(tmp_path / name, case.config, plan, case.emulator)
+        for file in (*FILES, "manifest.json"):
+            assert (tmp_path / name / file).read_bytes() == (written / file).read_bytes()
+
+
+def test_where_only_shapes_go_what_is_kept_is_not_accepted(case, tmp_path):
     with pytest.raises(AttributeError):
-        write_bundle(tmp_path / "b", case, shapes=case.plan.layers)
+        case.write(tmp_path / "b", spec=case.spec(shapes=case.plan.layers))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layer_map", [(0, 1), (0, 1, 1), (0, 0, 1, 2), (0, None, 1, 2)])
+def test_a_plan_of_another_layer_map_than_the_emulator_is_not_shipped(case, tmp_path, layer_map):
+    plan = dataclasses.replace(case.plan, layer_map=layer_map)
+    with pytest.raises(InputError, match=r"layer map is .*, the emulator's \(0, 1, 2\)"):
+        ship(tmp_path / "b", case.config, plan, case.emulator)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_another_split_than_the_emulator_is_not_shipped(case, tmp_path):
+    plan = dataclasses.replace(case.plan, num_bottom=2, num_top=0)
+    with pytest.raises(InputError, match=r"plan has .*num_bottom=2.*, the emulator .*=1"):
+        ship(tmp_path / "b", case.config, plan, case.emulator)
     assert not list(tmp_path.iterdir())
 
 
 def test_equal_emulators_make_byte_identical_bundles(case, written, tmp_path):
-    write_bundle(tmp_path / "b", case)
+    case.write(tmp_path / "b")
     for name in (*FILES, "manifest.json"):
         assert (tmp_path / "b" / name).read_bytes() == (written / name).read_bytes()
 
 
 def test_counts_of_parameters_agree_with_the_arrays(case, written):
-    counts = count_parameters(load_bundle(written).manifest)
+    counts = count_parameters(receive(written).manifest)
     assert counts.original == count_params(case.params)
     assert counts.shipped == count_params(case.emulator)
     assert counts.unchanged == count_params((case.emulator.shell, case.emulator.adapter))
@@ -279,10 +325,10 @@ def test_counts_of_parameters_agree_with_the_arrays(case, written):
 def test_base_digest_names_model_and_split_in_any_dtype(make_case, written):
     case, half, other = make_case(), make_case(dtype="float16"), make_case(seed=1)
 
-    def digest(chosen, spec=case.spec):
-        return base_digest(chosen.config, chosen.params, spec)
+    def digest(chosen, split=case.split):
+        return base_digest(chosen.config, chosen.params, split)
 
-    assert digest(case) == load_bundle(written).manifest.base_digest
+    assert digest(case) == receive(written).manifest.base_digest
     assert digest(other) != digest(case)
     assert digest(case, AdapterSpec(2, 1)) != digest(case)
     wide = dataclasses.replace(
@@ -295,24 +341,46 @@ def test_base_digest_does_not_depend_on_the_middle(case):
     blocks = case.params.segments[0]
     altered = jax.tree.map(lambda leaf: leaf.at[2].add(1.0), blocks)
     params = case.params.replace(segments=(altered,))
-    assert base_digest(case.config, params, case.spec) == base_digest(
-        case.config, case.params, case.spec
+    assert base_digest(case.config, params, case.split) == base_digest(
+        case.config, case.params, case.split
     )
 
 
-def test_tokenizer_goes_along_without_its_local_paths(case, tmp_path):
-    source = tmp_path / "model"
-    source.mkdir()
-    (source / "tokenizer.json").write_text('{"model": {}}')
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    """A tokenizer of four words, as a checkpoint of someone's has it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    words = {word: index for index, word in enumerate(("<unk>", "</s>", "the", "cat"))}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.save(str(folder / "tokenizer.json"))
     settings = {"name_or_path": "/home/someone/model", "auto_map": {"x": "y"}, "eos_token": "</s>"}
-    (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    (source / "modeling.py").write_text("raise SystemExit")
-    write_bundle(tmp_path / "b", case, tokenizer_from=source)
-    load_bundle(tmp_path / "b")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "modeling.py").write_text("raise SystemExit")
+    return folder
+
+
+def test_tokenizer_goes_along_without_its_local_paths(case, tokenizer_folder, tmp_path):
+    case.write(tmp_path / "b", tokenizer_from=tokenizer_folder)
     assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text()) == {
         "eos_token": "</s>"
     }
     assert not (tmp_path / "b" / "modeling.py").exists()
+    tokenizer = receive(tmp_path / "b").tokenizer
+    assert tokenizer("cat the dog").input_ids == [3, 2, 0] and tokenizer.eos_token == "</s>"
+    assert receive(tmp_path / "b", with_tokenizer=False).tokenizer is None
+
+
+def test_a_bundle_without_a_tokenizer_is_received_with_none(written):
+    assert receive(written).tokenizer is None
+
+
+def test_a_damaged_tokenizer_is_refused(bundle):
+    (bundle / "tokenizer.json").write_text('{"model": {}}')
+    reseal(bundle)
+    refused(bundle, str(bundle), "cannot be loaded as a tokenizer")
+    assert receive(bundle, with_tokenizer=False).tokenizer is None
 
 
 def test_tokenizer_settings_that_name_code_are_refused(bundle):
@@ -323,9 +391,9 @@ def test_tokenizer_settings_that_name_code_are_refused(bundle):
 
 def test_older_bundle_is_replaced_only_when_asked(case, bundle):
     with pytest.raises(InputError, match="overwrite"):
-        write_bundle(bundle, case)
-    write_bundle(bundle, case, overwrite=True)
-    load_bundle(bundle)
+        case.write(bundle)
+    case.write(bundle, overwrite=True)
+    receive(bundle)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -390,7 +458,7 @@ def test_name_that_leads_out_of_the_folder_is_refused(bundle, name):
 
     edit_manifest(bundle, change)
     with pytest.raises(InputError) as caught:
-        load_bundle(bundle)
+        receive(bundle)
     assert "files: name" in str(caught.value)
     assert str(caught.value).isprintable()
 
@@ -470,4 +538,4 @@ def test_file_that_is_no_safetensors_is_refused(bundle):
 
 def test_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        load_bundle(tmp_path / "absent")
+        receive(tmp_path / "absent")

@@ -5,16 +5,16 @@ import json
 import pytest
 
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.hf import save_opt
+from gradot_jax.models.checkpoint import save_model
 from gradot_jax.offsite.adapter_file import save_adapter
-from gradot_jax.offsite.bundle import load_bundle, save_bundle
+from gradot_jax.offsite.bundle import receive
 from gradot_jax.offsite.describe import describe, printable
 
 
 @pytest.fixture
 def bundle(case, tmp_path):
     folder = tmp_path / "bundle"
-    save_bundle(folder, case.config, case.emulator, **case.save_options())
+    case.write(folder)
     return folder
 
 
@@ -22,7 +22,7 @@ def test_bundle_is_described_and_verified(bundle):
     lines = describe(bundle)
     assert lines["kind"] == "emulator bundle"
     assert lines["middle 2"].startswith("q_proj dense, k_proj 4")
-    assert lines["bundle digest"] == load_bundle(bundle).digest
+    assert lines["bundle digest"] == receive(bundle).digest
     verified = [label for label, value in lines.items() if value.endswith("digest verified")]
     assert verified == ["file README.md", "file adapter.safetensors", "file emulator.safetensors"]
 
@@ -39,7 +39,7 @@ def test_damage_is_reported(bundle):
 
 
 def test_adapter_is_described(case, bundle, tmp_path):
-    opened = load_bundle(bundle)
+    opened = receive(bundle)
     save_adapter(tmp_path / "adapter", opened.emulator.adapter, opened)
     lines = describe(tmp_path / "adapter")
     assert lines["kind"] == "tuned adapter"
@@ -48,7 +48,7 @@ def test_adapter_is_described(case, bundle, tmp_path):
 
 
 def test_checkpoint_is_described(case, tmp_path):
-    save_opt(tmp_path / "model", case.config, case.params)
+    save_model(tmp_path / "model", case.config, case.params)
     lines = describe(tmp_path / "model")
     assert lines["kind"] == "Hugging Face checkpoint"
     assert lines["file model.safetensors"].endswith("no digest")

@@ -1,4 +1,3 @@
-import math
 from functools import partial
 
 import jax
@@ -7,21 +6,22 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.params import (
-    Block,
+from gradot_jax.models.opt.block import Block
+from gradot_jax.models.params import (
     concatenate_blocks,
     depth,
     get_block,
+    layers_at,
+    merge_segments,
     segment_blocks,
     stack_blocks,
     unstack_blocks,
 )
-from gradot_jax.models.opt.ragged import merge_segments
+from gradot_jax.models.run import forward
+from gradot_jax.models.split import AdapterSpec, adapter_of, split_model
 from gradot_jax.nn.linear import Dense, LowRank
 from gradot_jax.nn.loss import token_log_likelihood
-from gradot_jax.offsite.emulator import Emulator, build_emulator, split_model
-from gradot_jax.offsite.split import AdapterSpec, adapter_of, split_blocks
+from gradot_jax.offsite.emulator import Emulator, build_emulator
 
 SMALL = ({"q_proj": 1, "v_proj": 3}, 5)
 SIZES = (SMALL, SMALL, ({"q_proj": 2, "v_proj": 1}, 9))
@@ -44,8 +44,9 @@ def cut(block: Block, ranks: dict[str, int], channels: int) -> Block:
 def ragged(toy_model):
     """A configuration, a shell, an adapter and middle blocks, the first two of equal shape."""
     config, params = toy_model(activation_function="gelu")
-    adapter, middle = split_blocks(params, AdapterSpec(1, 1))
-    blocks = [cut(get_block(middle, i), *size) for i, size in enumerate(SIZES)]
+    adapter = adapter_of(params, AdapterSpec(1, 1))
+    middle = layers_at(params.segments, range(1, 4))
+    blocks = [cut(block, *size) for block, size in zip(middle, SIZES, strict=True)]
     return config, params.shell, adapter, blocks
 
 
@@ -60,17 +61,17 @@ def logits_and_gradient(config, shell, adapter, middle, batch):
     return logits, ravel_pytree(tree)[0]
 
 
-def test_scan_equals_unrolled_equals_padded(ragged, toy_batch, assert_close):
+def test_scan_equals_unrolled(ragged, toy_batch, assert_close):
     config, shell, adapter, blocks = ragged
     unrolled = tuple(stack_blocks([block]) for block in blocks)
-    scanned, padded = merge_segments(unrolled), merge_segments(unrolled, waste=math.inf)
-    depths = [[depth(stack) for stack in middle] for middle in (unrolled, scanned, padded)]
-    assert depths == [[1, 1, 1], [2, 1], [3]]
+    scanned = merge_segments(unrolled)
+    depths = [[depth(stack) for stack in middle] for middle in (unrolled, scanned)]
+    assert depths == [[1, 1, 1], [2, 1]]
     batch = toy_batch(size=4)
-    expected = logits_and_gradient(config, shell, adapter, unrolled, batch)
-    for middle in (scanned, padded):
-        got = logits_and_gradient(config, shell, adapter, middle, batch)
-        assert_close(got, expected, "float32_model")
+    got, expected = (
+        logits_and_gradient(config, shell, adapter, middle, batch) for middle in (scanned, unrolled)
+    )
+    assert_close(got, expected, "float32_model")
 
 
 def test_layers_of_equal_shape_share_a_segment(ragged):
@@ -98,22 +99,24 @@ def test_assembled_model_puts_the_adapter_around_the_middle(ragged):
 
 def test_empty_middle_and_one_sided_adapter_assemble_without_empty_stacks(toy_model, toy_batch):
     config, params = toy_model()
-    adapter, middle = split_blocks(params, AdapterSpec(0, 2))
-    empty = Emulator(params.shell, adapter, ()).assemble()
+    original = split_model(params, AdapterSpec(0, 2))
+    empty = Emulator(params.shell, original.adapter, ()).assemble()
     assert [depth(stack) for stack in empty.segments] == [2]
     assert np.isfinite(forward(config, empty, toy_batch().input_ids)).all()
-    whole = Emulator(params.shell, adapter, (middle,)).assemble()
+    whole = Emulator(params.shell, original.adapter, original.middle).assemble()
+    assert [depth(stack) for stack in whole.segments] == [3, 2]
     joined = concatenate_blocks(whole.segments)
     jax.tree.map(np.testing.assert_array_equal, joined, params.segments[0])
 
 
-@pytest.mark.parametrize("spec", [AdapterSpec(1, 1), AdapterSpec(0, 2), AdapterSpec(1, 0, (2, 3))])
-def test_splitting_a_model_on_the_host_copies_nothing_of_the_middle(toy_model, on_host, spec):
+@pytest.mark.parametrize("split", [AdapterSpec(1, 1), AdapterSpec(0, 2), AdapterSpec(1, 0, (2, 3))])
+def test_splitting_a_model_on_the_host_copies_nothing_of_the_middle(toy_model, on_host, split):
     _, params = toy_model()
     given = on_host(params)
-    model = split_model(given, spec)
-    middle = spec.middle_layers(5)
-    assert [segment is given.segments[i] for segment, i in zip(model.middle, middle, strict=True)]
+    model = split_model(given, split)
+    middle = split.middle_layers(5)
+    for segment, index in zip(model.middle, middle, strict=True):
+        assert segment is given.segments[index]
     whole = unstack_blocks(model.assemble().segments)
     for got, expected in zip(whole, unstack_blocks(params.segments), strict=True):
         jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -130,6 +133,6 @@ def test_an_emulator_is_where_its_shell_is(ragged, on_host, toy_model):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(single))
     for layer, segment in zip(layers, single.middle, strict=True):
         assert np.shares_memory(layer.fc1.kernel, segment.fc1.kernel)
-    for got, expected in zip(single.stored_layers, stacked.stored_layers, strict=True):
+    for got, expected in zip(single.stored_layers(), stacked.stored_layers(), strict=True):
         jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert single.layer_map == stacked.layer_map

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.hf import load_opt, save_opt
-from gradot_jax.models.opt.params import count_params
+from gradot_jax.models.checkpoint import load_model, save_model
+from gradot_jax.models.params import count_params
+from gradot_jax.models.run import forward
 from gradot_jax.offsite.export import export_params
 
 IDS = np.array([[2, 5, 7, 11, 3, 9], [2, 4, 4, 20, 23, 0]])
@@ -65,7 +65,7 @@ def test_torch_reads_the_export_and_agrees(variant, make_case, tmp_path):
     transformers = pytest.importorskip("transformers")
     case = make_case(**VARIANTS[variant])
     emulator = case.emulator.assemble()
-    save_opt(tmp_path / "dense", *export_params(case.config, emulator))
+    save_model(tmp_path / "dense", *export_params(case.config, emulator))
     model, report = transformers.OPTForCausalLM.from_pretrained(
         tmp_path / "dense", output_loading_info=True
     )
@@ -79,7 +79,7 @@ def test_torch_reads_the_export_and_agrees(variant, make_case, tmp_path):
 
 def test_export_survives_its_files(case, tmp_path):
     exported = export_params(case.config, case.emulator.assemble())
-    save_opt(tmp_path / "dense", *exported)
-    config, params = load_opt(tmp_path / "dense")
+    save_model(tmp_path / "dense", *exported)
+    config, params = load_model(tmp_path / "dense")
     assert config == exported[0]
     chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(exported[1]))

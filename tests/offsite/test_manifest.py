@@ -16,12 +16,11 @@ DIGEST = "0123456789abcdef" * 4
 def bundle(case) -> BundleManifest:
     return BundleManifest(
         config=case.config,
-        spec=case.spec,
+        split=case.split,
         dtype="bfloat16",
         base_digest=DIGEST,
         files={"README.md": FileRecord(DIGEST, 12)},
-        layer_map=case.plan.layer_map,
-        **case.save_options(),
+        emulator=case.spec(),
     )
 
 
@@ -29,7 +28,7 @@ def bundle(case) -> BundleManifest:
 def adapter(case) -> AdapterManifest:
     return AdapterManifest(
         config=case.config,
-        spec=case.spec,
+        split=case.split,
         dtype="float32",
         base_digest=DIGEST,
         emulator_digest=DIGEST,
@@ -93,6 +92,8 @@ MANIFEST_CHANGES = {
     "map that leaves a layer out": (_set("layer_map", [0, 1]), "uses 2 of 3 stored layers"),
     "map with too many places": (_set("layer_map", [0, 1, 2, 2]), "at most 3 places"),
     "map with an inner block": (_set("layer_map", [0, 1, None]), "places for inner blocks"),
+    "map of a float": (_set("layer_map", [0, 0.0, 1]), "0.0 is no whole number"),
+    "map that ends in a boolean": (_set("layer_map", [0, 1, True]), "True is no whole number"),
     "map of booleans": (_set("layer_map", [False, True, 2]), "layer_map"),
     "map missing": (lambda values: values.pop("layer_map"), "layer_map"),
     "inner block without place": (_set("split", "inner", [2]), "places for inner blocks"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradot_jax.errors import InputError
-from gradot_jax.files.tensors import iterate_tensors
+from gradot_jax.files.safetensors import iterate_tensors
 from gradot_jax.offsite.owner import load_bundle_digest, load_plan, save_owner
 
 SCORES = {"layers.1.q_proj": np.arange(4, dtype=np.float32), "layers.1.mlp": np.ones(3, np.float32)}

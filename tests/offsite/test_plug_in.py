@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from gradot_jax.errors import InputError
-from gradot_jax.models.opt.params import slice_blocks
+from gradot_jax.models.params import slice_blocks
+from gradot_jax.models.split import AdapterSpec, adapter_of, split_model
 from gradot_jax.nn.linear import LowRank
 from gradot_jax.offsite.plug_in import plug_in
-from gradot_jax.offsite.split import AdapterSpec, split_blocks
 
-SPECS = [
+SPLITS = [
     AdapterSpec(1, 2),
     AdapterSpec(0, 2),
     AdapterSpec(3, 0),
@@ -18,28 +18,28 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_untuned_adapter_gives_the_original_back(spec, toy_model):
+@pytest.mark.parametrize("split", SPLITS)
+def test_untuned_adapter_gives_the_original_back(split, toy_model):
     _, params = toy_model()
-    again = plug_in(params, split_blocks(params, spec)[0])
+    again = plug_in(params, adapter_of(params, split))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_tuned_blocks_come_in_and_nothing_else_changes(spec, toy_model):
+@pytest.mark.parametrize("split", SPLITS)
+def test_tuned_blocks_come_in_and_nothing_else_changes(split, toy_model):
     _, params = toy_model()
-    adapter, middle = split_blocks(params, spec)
-    tuned = jax.tree.map(lambda leaf: leaf + 1, adapter)
+    original = split_model(params, split)
+    tuned = jax.tree.map(lambda leaf: leaf + 1, original.adapter)
     plugged = plug_in(params, tuned)
-    got, got_middle = split_blocks(plugged, spec)
-    jax.tree.map(np.testing.assert_array_equal, got, tuned)
-    jax.tree.map(np.testing.assert_array_equal, got_middle, middle)
+    got = split_model(plugged, split)
+    jax.tree.map(np.testing.assert_array_equal, got.adapter, tuned)
+    jax.tree.map(np.testing.assert_array_equal, got.middle, original.middle)
     assert plugged.shell is params.shell
 
 
 def test_adapter_that_overflows_in_the_dtype_of_the_model_is_refused(toy_model):
     _, params = toy_model(dtype="float16")
-    adapter, _ = split_blocks(params, SPECS[0])
+    adapter = adapter_of(params, SPLITS[0])
     vast = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e6, jnp.float32), adapter)
     with pytest.raises(InputError, match="not finite in float16"):
         plug_in(params, vast)
@@ -47,7 +47,7 @@ def test_adapter_that_overflows_in_the_dtype_of_the_model_is_refused(toy_model):
 
 def test_adapter_takes_the_dtype_of_what_it_replaces(toy_model):
     _, params = toy_model(dtype="bfloat16")
-    adapter, _ = split_blocks(params, SPECS[0])
+    adapter = adapter_of(params, SPLITS[0])
     tuned = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapter)
     jax.tree.map(np.testing.assert_array_equal, plug_in(params, tuned), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(plug_in(params, tuned))} == {
@@ -56,20 +56,20 @@ def test_adapter_takes_the_dtype_of_what_it_replaces(toy_model):
 
 
 def test_adapter_of_another_width_is_refused_by_name(toy_model):
-    adapter, _ = split_blocks(toy_model(ffn_dim=16)[1], SPECS[0])
+    adapter = adapter_of(toy_model(ffn_dim=16)[1], SPLITS[0])
     with pytest.raises(InputError, match=r"bottom\.fc1\.bias: got \(1, 16\), expected \(1, 12\)"):
         plug_in(toy_model()[1], adapter)
 
 
 def test_adapter_deeper_than_the_model_is_refused(toy_model):
-    adapter, _ = split_blocks(toy_model(num_hidden_layers=7)[1], AdapterSpec(3, 3))
+    adapter = adapter_of(toy_model(num_hidden_layers=7)[1], AdapterSpec(3, 3))
     with pytest.raises(InputError, match="no middle"):
         plug_in(toy_model()[1], adapter)
 
 
 def test_adapter_of_another_kind_is_refused(toy_model):
     _, params = toy_model()
-    adapter, _ = split_blocks(params, SPECS[0])
+    adapter = adapter_of(params, SPLITS[0])
     q = adapter.bottom.q_proj
     factored = adapter.bottom.replace(q_proj=LowRank(q.kernel, q.kernel, q.bias))
     with pytest.raises(InputError, match=r"q_proj\.kernel: got nothing"):
@@ -81,7 +81,7 @@ def test_adapter_of_another_kind_is_refused(toy_model):
 
 def test_leaves_of_unequal_depth_are_refused(toy_model):
     _, params = toy_model()
-    adapter, _ = split_blocks(params, AdapterSpec(1, 2))
+    adapter = adapter_of(params, AdapterSpec(1, 2))
     short = adapter.top.replace(fc2=slice_blocks(adapter.top, 0, 1).fc2)
     with pytest.raises(InputError, match=r"top\.fc2\.kernel: got \(1, 12, 8\)"):
         plug_in(params, adapter.replace(top=short))

@@ -10,9 +10,9 @@ import jax
 import pytest
 import tokenizers
 
+from gradot_jax.models.checkpoint import save_model
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.opt.hf import save_opt
-from gradot_jax.models.opt.params import init_params
+from gradot_jax.models.params import init_params
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the cat dog sat ran on under a mat log and then home it was red green big old".split()
@@ -41,7 +41,7 @@ def checkpoint(tmp_path):
         max_position_embeddings=32,
     )
     folder = tmp_path / "opt"
-    save_opt(folder, config, init_params(config, jax.random.key(0)), tokenizer_from=source)
+    save_model(folder, config, init_params(config, jax.random.key(0)), tokenizer_from=source)
     return folder
 
 

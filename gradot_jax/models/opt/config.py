@@ -1,9 +1,12 @@
 """Configuration of an OPT model, read strictly from a Hugging Face `config.json`."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from gradot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gradot_jax.models.family import Family
 
 Activation = Literal["relu", "gelu"]
 
@@ -34,6 +37,9 @@ class OPTConfig:
         bos_token_id: begins every document.
         eos_token_id: ends one.
     """
+
+    family: ClassVar["Family"]
+    """Set where the family is put together, in `gradot_jax.models.opt`."""
 
     vocab_size: int = 50272
     hidden_size: int = 768

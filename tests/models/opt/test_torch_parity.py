@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gradot_jax.models.opt.forward import forward
-from gradot_jax.models.opt.hf import load_opt, save_opt
+from gradot_jax.models.checkpoint import load_model, save_model
+from gradot_jax.models.run import forward
 
 torch = pytest.importorskip("torch")
 
@@ -25,9 +25,9 @@ def torch_logits(model, ids, mask):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_torch_loads_what_is_saved_and_computes_the_same(golden, tmp_path, variant):
-    config, params = load_opt(golden / variant)
+    config, params = load_model(golden / variant)
     shard_bytes = 1500 if variant == "pre_ln" else 10**9
-    save_opt(tmp_path / "out", config, params, max_shard_bytes=shard_bytes)
+    save_model(tmp_path / "out", config, params, max_shard_bytes=shard_bytes)
     model, report = torch_model(tmp_path / "out")
     assert not any(report.values()), report
     expected = np.load(golden / variant / "torch.npz")
@@ -41,12 +41,12 @@ def test_torch_loads_what_is_saved_and_computes_the_same(golden, tmp_path, varia
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_torch_reads_half_precision_bit_for_bit(golden, tmp_path, dtype):
-    config, params = load_opt(golden / "pre_ln")
-    save_opt(tmp_path / "out", config, params, dtype=dtype)
+    config, params = load_model(golden / "pre_ln")
+    save_model(tmp_path / "out", config, params, dtype=dtype)
     model, report = torch_model(tmp_path / "out")
     assert not any(report.values()), report
     assert model.dtype == getattr(torch, dtype)
-    ours = load_opt(tmp_path / "out")[1].segments[0].q_proj.kernel[1]
+    ours = load_model(tmp_path / "out")[1].segments[0].q_proj.kernel[1]
     theirs = model.model.decoder.layers[1].self_attn.q_proj.weight
     np.testing.assert_array_equal(np.asarray(ours), theirs.detach().float().numpy().T)
 
@@ -64,7 +64,7 @@ def test_what_torch_saves_is_loaded_with_nothing_transposed(tmp_path):
     model.save_pretrained(tmp_path / "out")
     ids = np.random.default_rng(0).integers(0, 12, (2, 10))
     mask = np.ones_like(ids)
-    config, params = load_opt(tmp_path / "out")
+    config, params = load_model(tmp_path / "out")
     np.testing.assert_allclose(
         forward(config, params, ids), torch_logits(model, ids, mask), rtol=1e-4, atol=LOGITS
     )

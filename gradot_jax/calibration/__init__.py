@@ -1,0 +1,1 @@
+"""Passes of a model over calibration text: its Kronecker factors, how true its gradients are."""

@@ -1,0 +1,1 @@
+"""`crash`, and the similarity of layers that it clusters by."""

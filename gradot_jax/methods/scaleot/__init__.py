@@ -1,0 +1,1 @@
+"""`scaleot`, its training by layer replacement, and the importance that this learns."""

@@ -1,1 +1,0 @@
-"""Compression methods, one file each: `compress(problem)` yields an outcome."""

@@ -1,9 +1,0 @@
-"""`empty`: no middle at all, the floor against which every method is judged."""
-
-from gradot_jax.offsite.method import Outcome, Problem
-
-
-def compress(problem: Problem) -> Outcome:
-    """Keeps nothing, whatever the budget."""
-    problem.split.check_sandwich("empty")
-    return Outcome([], [])

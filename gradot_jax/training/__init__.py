@@ -1,0 +1,1 @@
+"""Training: the one loop with its checkpoints, signals and metrics, and the step of the adapter."""
