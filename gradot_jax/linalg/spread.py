@@ -28,8 +28,8 @@ def over_devices(
         function: of a tree of arrays `[n, ...]`, each of the n for itself, to a tree of such.
         batch: tree of arrays `[N, ...]`, on the host or on any devices; with several processes
             equal in all of them.
-        mesh: devices to spread N over, filled up with zeros to a multiple of their number; None
-            for one device.
+        mesh: devices to spread N over, of CPUs the processes, filled up with zeros to a multiple of
+            their number; None for one device.
         *options: hashable.
 
     Returns:
