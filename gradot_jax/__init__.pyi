@@ -20,11 +20,14 @@ from .data.examples import text_examples as text_examples
 from .data.records import read_records as read_records
 from .data.tasks import TASKS as TASKS
 from .data.tasks import load_task as load_task
+from .data.tokenizer import document_start as document_start
 from .data.tokenizer import load_tokenizer as load_tokenizer
 from .demo.corpus import bundled_model as bundled_model
 from .demo.corpus import prose_documents as prose_documents
 from .errors import InputError as InputError
 from .evaluation.exact_match import exact_match as exact_match
+from .evaluation.generation import Completion as Completion
+from .evaluation.generation import complete as complete
 from .evaluation.lm_eval import HarnessModel as HarnessModel
 from .evaluation.multiple_choice import multiple_choice as multiple_choice
 from .evaluation.perplexity import perplexity as perplexity
@@ -38,7 +41,9 @@ from .methods.table import METHODS as METHODS
 from .methods.table import Method as Method
 from .models.checkpoint import load_model as load_model
 from .models.checkpoint import save_model as save_model
+from .models.decode import Sampling as Sampling
 from .models.family import Family as Family
+from .models.llama.config import LlamaConfig as LlamaConfig
 from .models.opt.config import OPTConfig as OPTConfig
 from .models.params import Params as Params
 from .models.params import count_params as count_params

@@ -17,11 +17,7 @@ def track(
 ) -> Iterator[T]:
     """Yields from an iterable and reports how far it is, at what rate and for how long still.
 
-    Args:
-        iterable: the work.
-        description: its name.
-        total: its length, where the iterable does not tell.
-        enabled: whether to report at all.
+    `total` is its length, where it does not tell.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)

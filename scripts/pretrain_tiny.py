@@ -5,7 +5,11 @@ The schedule counts steps, so a run depends on seed, software and Python version
 On two CPU cores it takes 30 to 60 minutes.
 """
 
+import ast
+import collections
 import dataclasses
+import itertools
+import json
 import platform
 import random
 import time
@@ -21,7 +25,7 @@ import tyro
 
 from gradot_jax.data.examples import windows
 from gradot_jax.demo.bundled_tasks import split_prose
-from gradot_jax.demo.corpus import Facts, fact_pass, make_facts, prose_documents, stdlib_sources
+from gradot_jax.demo.corpus import Facts, fact_pass, prose_documents, stdlib_sources
 from gradot_jax.files.folder import output_folder
 from gradot_jax.files.strict_json import write_json
 from gradot_jax.models.checkpoint import save_model
@@ -34,6 +38,18 @@ from gradot_jax.training.checkpoint_store import CheckpointStore
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS = 0, 2
 SOURCES = {"code": 0.35, "syn": 0.30, "api": 0.35}
+JOBS = (
+    "baker weaver miller potter sailor tailor barber farmer hunter fisher painter sculptor "
+    "writer printer binder glazier mason roofer plumber joiner carver cooper smith tanner dyer "
+    "brewer grocer butcher florist gardener forester miner driver pilot porter waiter cook nurse "
+    "doctor surgeon dentist chemist teacher lawyer judge clerk banker actor dancer singer"
+).split()
+ANIMALS = (
+    "cat dog horse goat sheep cow pig duck goose hen rabbit hamster ferret parrot canary finch "
+    "raven owl falcon eagle pigeon turtle lizard gecko snake frog toad newt carp trout pike eel "
+    "crab snail spider beetle cricket bee moth fox badger otter beaver hedgehog squirrel deer "
+    "donkey camel llama mule"
+).split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +185,70 @@ def cloze(config, params, tokenizer, facts: Facts, world: str, limit: int = 300)
     return float((last.argmax(-1) == np.array(answers)).mean())
 
 
+def make_facts(sources: dict[str, str], *, num_api: int = 1200, num_people: int = 600) -> Facts:
+    """Extracts API facts from sources and invents people; the same for the same sources."""
+    rng = random.Random(0)
+    return Facts(_api_facts(sources, num_api, rng), _syn_facts(num_people, rng))
+
+
+def _api_facts(sources, count, rng) -> tuple[tuple[str, str], ...]:
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    modules_of = collections.defaultdict(set)
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, definitions):
+                modules_of[node.name].add(module)
+    names_of = collections.defaultdict(list)
+    for name, modules in sorted(modules_of.items()):
+        public = not name.startswith(("_", "test")) and 5 <= len(name) <= 24
+        if public and len(modules) == 1:
+            names_of[next(iter(modules))].append(name)
+    facts = [
+        (name, module)
+        for module, names in sorted(names_of.items())
+        if len(names) >= 8 and not module.split(".")[-1].startswith("_")
+        for name in names
+    ]
+    rng.shuffle(facts)
+    return tuple(facts[:count])
+
+
+def _syn_facts(count, rng) -> tuple[tuple[str, str, str], ...]:
+    onsets, vowels, codas = (
+        "b d f g h j k l m n p r s t v z".split(),
+        "aeiou",
+        "l m n r s t".split(),
+    )
+
+    def word() -> str:
+        syllables = (rng.choice(onsets) + rng.choice(vowels) for _ in range(2))
+        return ("".join(syllables) + rng.choice(codas)).capitalize()
+
+    def distinct(number: int) -> list[str]:
+        words: dict[str, None] = {}
+        while len(words) < number:
+            words[word()] = None
+        return list(words)
+
+    names = [f"{a} {b}" for a, b in itertools.product(distinct(40), distinct(60))]
+    values = {"city": distinct(50), "job": JOBS, "animal": ANIMALS}
+    return tuple(
+        (name, attribute, rng.choice(choices))
+        for name in rng.sample(names, count)
+        for attribute, choices in values.items()
+    )
+
+
+def facts_json(facts: Facts) -> str:
+    """The table that `Facts.from_json` reads, one fact a line."""
+    rows = {field: list(map(list, getattr(facts, field))) for field in ("api", "syn")}
+    parts = (
+        f'"{field}": [\n' + ",\n".join(json.dumps(row) for row in table) + "\n]"
+        for field, table in rows.items()
+    )
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main(options: Pretraining) -> None:
     """Trains and writes the checkpoint, the facts and a record of the losses."""
     sources = stdlib_sources()
@@ -298,7 +378,7 @@ def write_model(out: Path, config, params: Params, tokenizer, facts: Facts, reco
         tokenizer.save(str(folder / "tokenizer.json"))
         write_json(folder / "tokenizer_config.json", settings)
         write_json(folder / "training.json", record)
-        (folder / "facts.json").write_text(facts.to_json())
+        (folder / "facts.json").write_text(facts_json(facts))
         (folder / "README.md").write_text(model_card(record))
 
 

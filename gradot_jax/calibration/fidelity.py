@@ -23,7 +23,7 @@ from gradot_jax.calibration.passes import (
     sweep_layer,
 )
 from gradot_jax.errors import InputError
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import Params
 from gradot_jax.models.partition import place
 from gradot_jax.models.split import SplitModel, split_model
@@ -148,6 +148,7 @@ def _forward(
     mesh: DeviceMesh | None,
 ) -> _ForwardPass:
     split, params = model.adapter.split, model.assemble()
+    windows = attention_windows(config, params.num_layers)
     inner = [place is None for place in model.layer_map]
     is_adapter = [True] * split.num_bottom + inner + [True] * split.num_top
     shell = place(params.shell, mesh)
@@ -156,7 +157,8 @@ def _forward(
     for index in range(params.num_layers):
         boundaries.append(hidden)
         layer = place_layer(params, index, mesh)
-        hidden = forward_layer(layer_function(config), layer, hidden, streams.mask)
+        apply = layer_function(config, windows[index])
+        hidden = forward_layer(apply, layer, hidden, streams.mask)
     head = head_cotangents(config, shell, streams._replace(hidden=hidden))
     return _ForwardPass(params, is_adapter, boundaries, streams, head)
 
@@ -165,11 +167,12 @@ def _adapter_gradients(
     config: ModelConfig, forward_pass: _ForwardPass, mesh: DeviceMesh | None
 ) -> Iterator[Block]:
     """Gradients of the summed loss over the counted targets, from the adapter's top layer down."""
+    windows = attention_windows(config, forward_pass.model.num_layers)
     params, is_adapter, head = forward_pass.model, forward_pass.is_adapter, forward_pass.head
     cotangents = head.cotangents
     for index in reversed(range(is_adapter.index(True), params.num_layers)):
         sums, cotangents = sweep_layer(
-            layer_function(config),
+            layer_function(config, windows[index]),
             place_layer(params, index, mesh),
             None,
             forward_pass.boundaries.pop(),
@@ -181,17 +184,8 @@ def _adapter_gradients(
             yield to_host(jax.tree.map(lambda g: g / head.count, sums.gradient))
 
 
-class _Products(NamedTuple):
-    """`<g, g>`, `<g*, g*>`, `<g, g*>` and `|g* - g|^2`."""
-
-    full: float
-    emulated: float
-    across: float
-    difference: float
-
-
 def _products(full: Block, emulated: Block) -> np.ndarray:
-    """The fields of `_Products` for a layer's gradients, float64 `[4]`."""
+    """`<g, g>`, `<g*, g*>`, `<g, g*>` and `|g* - g|^2` of a layer's gradients, float64 `[4]`."""
     total = np.zeros(4)
     for g, other in zip(jax.tree.leaves(full), jax.tree.leaves(emulated), strict=True):
         g, other = np.asarray(g, np.float64).ravel(), np.asarray(other, np.float64).ravel()
@@ -203,9 +197,9 @@ def _products(full: Block, emulated: Block) -> np.ndarray:
 def _agreement(products: list[np.ndarray]) -> Agreement | None:
     if not products:
         return None
-    total = _Products(*np.sum(products, axis=0))
+    full, emulated, across, difference = np.sum(products, axis=0)
     return Agreement(
-        cosine=float(total.across / np.sqrt(total.full * total.emulated)),
-        relative_error=float(np.sqrt(total.difference / total.full)),
-        norm_ratio=float(np.sqrt(total.emulated / total.full)),
+        cosine=float(across / np.sqrt(full * emulated)),
+        relative_error=float(np.sqrt(difference / full)),
+        norm_ratio=float(np.sqrt(emulated / full)),
     )

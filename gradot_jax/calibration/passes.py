@@ -169,14 +169,7 @@ def embed_batches(
     dtype: DTypeLike,
     mesh: DeviceMesh | None,
 ) -> Streams:
-    """The streams before the first layer.
-
-    Args:
-        config: the model's configuration.
-        shell: on the devices.
-        batches: at least one, of equal shapes.
-        dtype: of the arithmetic.
-        mesh: devices to spread each batch over.
+    """The streams before the first layer, of at least one batch; the shell is on the devices.
 
     Raises:
         InputError: for batches of unequal shapes.
@@ -196,9 +189,9 @@ def _embed(config: ModelConfig, shell: Any, batch: Batch, dtype) -> jax.Array:
 
 
 @cache
-def layer_function(config: ModelConfig) -> ApplyLayer:
-    """One function object per configuration, so that a pass compiles once for equal shapes."""
-    return partial(apply_layer, config)
+def layer_function(config: ModelConfig, window: int | None = None) -> ApplyLayer:
+    """One function object per configuration and window, so that a pass compiles once for each."""
+    return partial(apply_layer, config, window=window)
 
 
 def to_memory(hidden: jax.Array, kind: Literal["device", "pinned_host"]) -> jax.Array:

@@ -5,11 +5,11 @@ backward pass starts at the loss, takes no weight gradient in the top adapter, v
 from top to bottom with one layer's factors alive at a time, and stops at the bottom adapter.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gradot_jax.calibration.passes import (
@@ -28,7 +28,7 @@ from gradot_jax.calibration.passes import (
 from gradot_jax.curvature.factors import KroneckerFactors, normalise
 from gradot_jax.curvature.tap import BlockTaps, zero_taps
 from gradot_jax.errors import InputError
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import Params
 from gradot_jax.models.partition import factor_sharding, place
 from gradot_jax.models.split import AdapterSpec
@@ -98,13 +98,14 @@ def run_forward(
             shapes, or when the loss is not finite.
     """
     shell, streams, sequences = _start(config, params, split, batches, mesh, dtype)
-    apply = layer_function(config)
+    windows = attention_windows(config, params.num_layers)
     boundaries: list[jax.Array] = []
     hidden = streams.hidden
     layers = range(params.num_layers)
     for index in track(layers, "calibration forward", enabled=progress):
         if index >= split.num_bottom:
             boundaries.append(to_memory(hidden, "pinned_host") if offload else hidden)
+        apply = layer_function(config, windows[index])
         hidden = forward_layer(apply, place_layer(params, index, mesh), hidden, streams.mask)
     sampled = fisher == "mc"
     sums = head_cotangents(
@@ -116,11 +117,13 @@ def run_forward(
         seed=seed,
     )
     del hidden
-    loss = _mean_loss(sums.loss, sums.count)
+    loss = sums.loss / sums.count
+    if not math.isfinite(loss):
+        raise InputError("the model's loss on the calibration text is not finite")
     cotangents = sums.cotangents
     for index in reversed(range(params.num_layers - split.num_top, params.num_layers)):
         _, cotangents = sweep_layer(
-            apply,
+            layer_function(config, windows[index]),
             place_layer(params, index, mesh),
             None,
             to_memory(boundaries.pop(), "device"),
@@ -159,6 +162,7 @@ def sweep_middle(
         (index in the middle, factors by site); factors of one layer at a time.
     """
     cotangents, mesh = forward_pass.cotangents, forward_pass.mesh
+    windows = attention_windows(config, params.num_layers)
     wanted = [i for i in range(len(forward_pass.boundaries)) if i not in finished]
     for layer in reversed(range(min(wanted, default=0), len(forward_pass.boundaries))):
         block = place_layer(params, split.num_bottom + layer, mesh)
@@ -166,7 +170,7 @@ def sweep_middle(
         if layer in wanted:
             taps = _place_taps(zero_taps(block, with_removals=with_removals), mesh)
         sums, cotangents = sweep_layer(
-            layer_function(config),
+            layer_function(config, windows[split.num_bottom + layer]),
             block,
             taps,
             to_memory(forward_pass.boundaries.pop(), "device"),
@@ -200,11 +204,12 @@ def sweep_inputs(
         (index in the middle, factors by site, of inputs only), from the bottom layer up.
     """
     _, streams, _ = _start(config, params, split, batches, mesh, dtype)
-    apply = layer_function(config)
     hidden, num_tokens = streams.hidden, int(streams.mask.sum())
+    windows = attention_windows(config, params.num_layers)
     for index in range(params.num_layers - split.num_top):
         block = place_layer(params, index, mesh)
         layer = index - split.num_bottom
+        apply = layer_function(config, windows[index])
         if layer < 0 or layer in finished:
             hidden = forward_layer(apply, block, hidden, streams.mask)
             continue
@@ -267,13 +272,6 @@ def _place_taps(taps: BlockTaps, mesh: DeviceMesh | None) -> BlockTaps:
         return factor_sharding(leaf.shape, mesh) if leaf.ndim == 2 else mesh.replicated
 
     return put(taps, jax.tree.map(sharding, taps))
-
-
-def _mean_loss(total: float, count: float) -> float:
-    loss = total / count
-    if not jnp.isfinite(loss):
-        raise InputError("the model's loss on the calibration text is not finite")
-    return loss
 
 
 def _site_factors(layout: Layout, sums: LayerSums, num_tokens: int) -> dict[str, KroneckerFactors]:

@@ -5,11 +5,12 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TextIO
 
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from gradot_jax.cli.data import LoadedModel
     from gradot_jax.nn.batch import Batch
     from gradot_jax.parallel import DeviceMesh
 
@@ -106,12 +107,66 @@ class OnHosts(OnDevices):
         return super().device_mesh()
 
 
-def say(*lines: str) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnModel(OnDevices):
+    """What every command takes that runs a model, or the emulator of a bundle.
+
+    Attributes:
+        model: a checkpoint folder, or an id on the Hugging Face Hub.
+        bundle: a bundle, instead of a model.
+        adapter: a tuned adapter for the bundle.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    model: str | None = None
+    bundle: Path | None = None
+    adapter: Path | None = None
+    revision: str | None = None
+
+    def check_model(self) -> None:
+        """Raises InputError where the options do not name one model."""
+        if (self.model is None) == (self.bundle is None):
+            raise InputError("give either --model or --bundle")
+        if self.adapter is not None and self.bundle is None:
+            raise InputError("--adapter goes with --bundle; plug-in puts it into a model")
+        if self.revision is not None and self.bundle is not None:
+            raise InputError("--revision goes with --model; a bundle is a local folder")
+
+    def load(self, mesh: "DeviceMesh | None") -> "LoadedModel":
+        """The model, or the emulator with its adapter or the tuned one; the tokenizer is first.
+
+        Raises:
+            InputError: when what is named cannot be read.
+        """
+        from gradot_jax.cli.data import LoadedModel, open_tokenizer
+        from gradot_jax.models.checkpoint import end_tokens, load_config, load_model
+        from gradot_jax.models.partition import shard_params
+        from gradot_jax.models.weight_files import checkpoint_folder
+        from gradot_jax.offsite.adapter_file import load_adapter_for
+        from gradot_jax.offsite.bundle import read_bundle_manifest, receive
+
+        if self.bundle is None:
+            folder = checkpoint_folder(str(self.model), self.revision)
+            config = load_config(folder)
+        else:
+            folder, config = self.bundle, read_bundle_manifest(self.bundle)[0].config
+        tokenizer, ends = open_tokenizer(folder, config), end_tokens(folder, config)
+        if self.bundle is None:
+            return LoadedModel(*load_model(folder, mesh=mesh, dtype=self.dtype), tokenizer, ends)
+        found, tuned = receive(self.bundle, dtype=self.dtype, with_tokenizer=False), None
+        if self.adapter is not None:
+            tuned = load_adapter_for(self.adapter, found, dtype=self.dtype)
+        params = found.emulator.assemble(tuned)
+        params = params if mesh is None else shard_params(params, mesh)
+        return LoadedModel(config, params, tokenizer, ends)
+
+
+def say(*lines: str, to: TextIO | None = None) -> None:
     """Prints lines, in the process that writes; not before the processes have joined."""
     from gradot_jax.parallel import is_writer
 
     if is_writer():
-        print(*lines, sep="\n")
+        print(*lines, sep="\n", file=to)
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:

@@ -101,7 +101,7 @@ class Compare(OnDevices):
 
     def run(self) -> None:
         """Executes the command."""
-        from gradot_jax.comparison.variants import cases, check_methods
+        from gradot_jax.comparison.variants import cases
 
         methods = _names(self.methods)
         budgets = _numbers("budgets", self.budgets)
@@ -114,7 +114,6 @@ class Compare(OnDevices):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {value}")
-        check_methods(methods)
         cases(methods, budgets, range(self.draws))
         check_comparison(self.out)
         tasks = self._task_names()
@@ -170,17 +169,15 @@ class Compare(OnDevices):
         return bundled_testbed(tasks, tuning=tuning, num_sequences=self.num_sequences or 512)
 
     def _with_model(self, names: tuple[str, ...], mesh: "DeviceMesh | None") -> "Testbed":
-        from gradot_jax.cli.data import training_examples
+        from gradot_jax.cli.data import open_tokenizer, training_examples
         from gradot_jax.comparison.question_sets import question_tasks, question_testbed
         from gradot_jax.comparison.testbed import FineTuning
-        from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
         from gradot_jax.models.checkpoint import load_model
         from gradot_jax.models.weight_files import checkpoint_folder
 
         folder = checkpoint_folder(self.model, None)
         config, params = load_model(folder, dtype="float32", mesh=mesh)
-        tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, config.vocab_size)
+        tokenizer = open_tokenizer(folder, config)
         tuning = self._tuning(FineTuning(**_TUNING))
         tasks = question_tasks(
             names,

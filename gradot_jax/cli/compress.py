@@ -1,7 +1,7 @@
 """`gradot compress`: the model owner's step."""
 
 import dataclasses
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -14,8 +14,6 @@ from gradot_jax.errors import InputError
 from gradot_jax.methods.options import CompressionOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gradot_jax.nn.batch import Batch
 
 _HELD_OUT = 2
@@ -26,13 +24,7 @@ _SHORTEST = 128
 
 
 class _Text(NamedTuple):
-    """The model owner's text.
-
-    Attributes:
-        calibration: batches to calibrate on.
-        held_out: batches on which gradients are compared.
-        spare: whether those are others.
-    """
+    """Batches to calibrate on and to compare gradients on, and whether these are others."""
 
     calibration: "list[Batch]"
     held_out: "list[Batch]"
@@ -66,7 +58,8 @@ class Compress(OnHosts):
         revision: branch, tag or commit on the Hub.
         checkpoints: folder from which an interrupted compression goes on: layers that are done,
             or, of a method that trains, its state.
-        store_dtype: dtype of the bundle's arrays; that of the checkpoint by default.
+        store_dtype: dtype of the bundle's arrays; the checkpoint's by default; where tensors
+            differ, each its own, or float32 by methods that need the whole model on the devices.
         overwrite: replace an existing folder.
         offload: keep the residual streams at the boundaries of layers, most of what calibration
             takes of a device, in the host's memory.
@@ -100,8 +93,8 @@ class Compress(OnHosts):
         if self.num_sequences < 1 or self.batch_size < 1:
             raise InputError("num_sequences and batch_size must be at least 1")
         from gradot_jax.calibration.fidelity import gradient_fidelity
+        from gradot_jax.cli.data import open_tokenizer
         from gradot_jax.data.records import read_records
-        from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
         from gradot_jax.methods.compress import run_compression
         from gradot_jax.models.checkpoint import load_model
         from gradot_jax.models.split import AdapterSpec
@@ -111,8 +104,7 @@ class Compress(OnHosts):
         folder = checkpoint_folder(self.model, self.revision)
         config, original = load_model(folder, memory_map=True)
         split = AdapterSpec(self.num_bottom, self.num_top)
-        tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, config.vocab_size)
+        tokenizer = open_tokenizer(folder, config)
         records = read_records(self.calibration)
         text = self._text(tokenizer, config, records, mesh)
         self._foresee(config, original, split, text.calibration, mesh)
@@ -130,7 +122,7 @@ class Compress(OnHosts):
                 self.options,
                 mesh=mesh,
                 checkpoints=self.checkpoints,
-                scratch=scratch,
+                scratch=Path(scratch) if scratch else None,
                 progress=True,
                 dtype=self.dtype,
                 offload=self.offload,
@@ -191,9 +183,9 @@ class Compress(OnHosts):
         found = needs(estimate, 1 if mesh is None else jax.local_device_count())
         if self.dry_run:
             shipped = jnp.dtype(self.store_dtype or stored)
-            lines = forecast_lines(
-                forecast(config, split, self.options), shipped.name, shipped.itemsize
-            )
+            wider = "" if self.store_dtype or len(_dtypes(params)) == 1 else ", some tensors wider"
+            outlook = forecast(config, split, self.options)
+            lines = forecast_lines(outlook, shipped.name + wider, shipped.itemsize)
             text = f"{len(batches)} batches of {size} sequences of {length} tokens"
             say(*lines, line("calibration", text), *memory_lines(estimate, found))
             return
@@ -202,6 +194,7 @@ class Compress(OnHosts):
             check_fits(found)
 
     def _write(self, folder, config, original, result, record) -> None:
+
         from gradot_jax.evaluation.record import environment
         from gradot_jax.files.folder import output_folder
         from gradot_jax.memory.forecast import kernel_parameters
@@ -212,6 +205,7 @@ class Compress(OnHosts):
         from gradot_jax.parallel import one_writer, to_host
 
         plan, emulator = result.plan, to_host(result.emulator)
+        dtypes = _dtypes(original)
         record |= {"options": dataclasses.asdict(self.options), "environment": environment()}
         with one_writer(self.out) as writes:
             if not writes:
@@ -224,7 +218,7 @@ class Compress(OnHosts):
                     emulator,
                     # Of the weights as they are stored, and of the split that is shipped.
                     base_digest=base_digest(config, original, emulator.adapter.split),
-                    dtype=self.store_dtype or original.shell.embed_tokens.dtype,
+                    dtype=self.store_dtype or (dtypes.pop() if len(dtypes) == 1 else None),
                     tokenizer_from=folder,
                 )
                 save_owner(out / "owner", plan, result.scores, record)
@@ -238,19 +232,15 @@ class Compress(OnHosts):
             print(f"{self.out / 'bundle'}: to ship, {share:.1%} of the model's parameters")
             print(f"{self.out / 'owner'}: to keep")
 
-    @contextmanager
-    def _scratch(self) -> "Iterator[Path | None]":
+    def _scratch(self):
         """Where finished layers are kept: on disk rather than in memory, wherever that is known."""
         import jax
 
-        alone = jax.process_count() == 1
-        if self.checkpoints or not alone or not self.options.record.scores:
-            yield None
-            return
+        if self.checkpoints or jax.process_count() > 1 or not self.options.record.scores:
+            return nullcontext()
         parent = self.out.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{self.out.name}.", dir=parent) as folder:
-            yield Path(folder)
+        return TemporaryDirectory(prefix=f".{self.out.name}.", dir=parent)
 
     def _examples(self, tokenizer, config, records):
         from gradot_jax.cli.data import example_length, examples_of
@@ -271,3 +261,9 @@ class Compress(OnHosts):
                 if shortest or enough or not isinstance(records, TextRecords):
                     return examples
             length //= 2
+
+
+def _dtypes(params) -> set:
+    import jax
+
+    return {leaf.dtype for leaf in jax.tree.leaves(params)}

@@ -1,10 +1,47 @@
-"""Examples from the data that a command names."""
+"""What a command names: the model or bundle to run, and examples from data."""
 
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradot_jax.cli.common import say
 from gradot_jax.data.examples import prompt_examples, text_examples
 from gradot_jax.data.records import ChoiceRecords, PromptRecords, TextRecords, read_records
+from gradot_jax.data.tokenizer import check_vocabulary, document_start, load_tokenizer
 from gradot_jax.errors import InputError
 from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import Params
 from gradot_jax.nn.batch import Batch
+
+
+def open_tokenizer(folder: Path, config: ModelConfig):
+    """The tokenizer of a checkpoint or a bundle; says what a document begins with.
+
+    Raises:
+        InputError: when there is none, or it has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size)
+    start = document_start(tokenizer, config)
+    token = "none" if start is None else f"{tokenizer.convert_ids_to_tokens(start)!r} ({start})"
+    say(f"first token of every document and prompt: {token}", to=sys.stderr)
+    return tokenizer
+
+
+class LoadedModel(NamedTuple):
+    """A model or an emulator as a command was asked to run it.
+
+    Attributes:
+        config: of the model.
+        params: its weights, on their devices.
+        tokenizer: of the model.
+        end_ids: each of them ends a generated text.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Any
+    end_ids: tuple[int, ...]
 
 
 def example_length(config: ModelConfig, asked: int | None) -> int:
@@ -27,10 +64,11 @@ def examples_of(
     Raises:
         InputError: when text is shorter than one window, or a completion does not fit.
     """
+    start = document_start(tokenizer, config)
     if isinstance(records, PromptRecords):
-        return prompt_examples(tokenizer, records, config.bos_token_id, length)[0]
+        return prompt_examples(tokenizer, records, start, length)[0]
     try:
-        return text_examples(tokenizer, records.records, length, config.bos_token_id)
+        return text_examples(tokenizer, records.records, length, start)
     except InputError as error:
         raise InputError(f"{records.source}: {error}") from None
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from gradot_jax.cli.common import OnHosts, data_axis
+from gradot_jax.cli.common import OnHosts, OnModel, data_axis
 from gradot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gradot_jax.cli.data import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(OnHosts):
+class Evaluate(OnHosts, OnModel):
     """Measures a model, a bundle's emulator, or the emulator with a tuned adapter.
 
     Text is measured by perplexity over windows that share no token, prompts with completions by
@@ -32,12 +35,8 @@ class Evaluate(OnHosts):
         num_fewshot: solved examples before each question of a task; what the task says by default.
         limit: first items of each task to take; all by default.
         out: JSON file to write.
-        model: a checkpoint folder, or an id on the Hugging Face Hub.
-        bundle: a bundle, instead of a model.
-        adapter: a tuned adapter for the bundle.
         batch_size: examples a batch.
         sequence_length: tokens an example at most; by default what the model takes, up to 2,048.
-        revision: branch, tag or commit on the Hub.
         overwrite: replace an existing file.
     """
 
@@ -50,27 +49,20 @@ class Evaluate(OnHosts):
     lm_eval_bos: Literal["tokenizer", "never"] = "tokenizer"
     num_fewshot: int | None = None
     limit: int | None = None
-    model: str | None = None
-    bundle: Path | None = None
-    adapter: Path | None = None
     batch_size: int = 8
     sequence_length: int | None = None
-    revision: str | None = None
     overwrite: bool = False
 
     def run(self) -> None:
         """Executes the command."""
         self._check()
-        from gradot_jax.data.tokenizer import check_vocabulary
         from gradot_jax.evaluation.record import environment, write_result
         from gradot_jax.parallel import one_writer
 
         # What is missing is found before anything large is loaded.
         measure = self._measure_tasks() if self.data is None else self._measure_data(self.data)
         mesh = self.device_mesh()
-        config, params, tokenizer = self._load(mesh)
-        check_vocabulary(tokenizer, config.vocab_size)
-        result = measure(config, params, tokenizer, mesh)
+        result = measure(self.load(mesh), mesh)
         result |= {"dtype": self.dtype, "environment": environment()}
         with one_writer(self.out) as writes:
             if writes:
@@ -78,12 +70,9 @@ class Evaluate(OnHosts):
                 _show(result["metrics"])
 
     def _check(self) -> None:
-        if (self.model is None) == (self.bundle is None):
-            raise InputError("give either --model or --bundle")
+        self.check_model()
         if (self.data is None) == (not self.lm_eval):
             raise InputError("give either --data or --lm-eval")
-        if self.adapter is not None and self.bundle is None:
-            raise InputError("--adapter goes with --bundle; plug-in puts it into a model")
         if not self.lm_eval and (
             self.lm_eval_include is not None
             or self.num_fewshot is not None
@@ -93,32 +82,10 @@ class Evaluate(OnHosts):
             raise InputError(
                 "--lm-eval-include, --lm-eval-bos, --num-fewshot and --limit go with --lm-eval"
             )
-        if self.revision is not None and self.bundle is not None:
-            raise InputError("--revision goes with --model; a bundle is a local folder")
         if self.out.is_dir():
             raise InputError(f"{self.out}: a folder, expected the name of a JSON file")
         if self.out.exists() and not self.overwrite:
             raise InputError(f"{self.out}: exists; --overwrite replaces it")
-
-    def _load(self, mesh):
-        from gradot_jax.data.tokenizer import load_tokenizer
-        from gradot_jax.models.checkpoint import load_model
-        from gradot_jax.models.partition import shard_params
-        from gradot_jax.models.weight_files import checkpoint_folder
-        from gradot_jax.offsite.adapter_file import load_adapter_for
-        from gradot_jax.offsite.bundle import receive
-
-        if self.bundle is None:
-            folder = checkpoint_folder(self.model, self.revision)
-            config, params = load_model(folder, mesh=mesh, dtype=self.dtype)
-            return config, params, load_tokenizer(folder)
-        bundle = receive(self.bundle, dtype=self.dtype, with_tokenizer=False)
-        tuned = None
-        if self.adapter is not None:
-            tuned = load_adapter_for(self.adapter, bundle, dtype=self.dtype)
-        params = bundle.emulator.assemble(tuned)
-        params = params if mesh is None else shard_params(params, mesh)
-        return bundle.config, params, load_tokenizer(self.bundle)
 
     def _measure_tasks(self):
         try:
@@ -134,15 +101,16 @@ class Evaluate(OnHosts):
 
         tasks = harness_tasks(self.lm_eval)
 
-        def measure(config, params, tokenizer, mesh) -> dict:
+        def measure(found: "LoadedModel", mesh) -> dict:
             model = HarnessModel(
-                config,
-                params,
-                tokenizer,
+                found.config,
+                found.params,
+                found.tokenizer,
                 bos=self.lm_eval_bos,
                 batch_size=self.batch_size,
-                max_length=example_length(config, self.sequence_length),
+                max_length=example_length(found.config, self.sequence_length),
                 mesh=mesh,
+                end_ids=found.end_ids,
             )
             return evaluate_tasks(
                 model,
@@ -156,20 +124,20 @@ class Evaluate(OnHosts):
 
     def _measure_data(self, source: str):
         from gradot_jax.data.records import read_records
-        from gradot_jax.data.tokenizer import BOS_RULE
+        from gradot_jax.data.tokenizer import document_start
 
         records = read_records(source)
 
-        def measure(config, params, tokenizer, mesh) -> dict:
+        def measure(found: "LoadedModel", mesh) -> dict:
             return {
                 "data": {"kind": type(records).__name__, "digest": records.digest},
-                "bos": BOS_RULE,
-                "metrics": self._metrics(config, params, tokenizer, records, mesh),
+                "bos_token": document_start(found.tokenizer, found.config),
+                "metrics": self._metrics(found, records, mesh),
             }
 
         return measure
 
-    def _metrics(self, config, params, tokenizer, records, mesh) -> dict:
+    def _metrics(self, found: "LoadedModel", records, mesh) -> dict:
         from gradot_jax.cli.data import example_length, examples_of
         from gradot_jax.data.examples import eval_batches
         from gradot_jax.data.records import ChoiceRecords, PromptRecords
@@ -178,6 +146,7 @@ class Evaluate(OnHosts):
         from gradot_jax.evaluation.perplexity import perplexity
         from gradot_jax.parallel import put
 
+        config, params, tokenizer = found.config, found.params, found.tokenizer
         length = example_length(config, self.sequence_length)
         devices = data_axis(mesh)
         batch_size = -(-self.batch_size // devices) * devices

@@ -31,6 +31,8 @@ class Export(Debuggable):
     def run(self) -> None:
         """Executes the command."""
         check_new(self.out, overwrite=self.overwrite)
+        import jax
+
         from gradot_jax.models.checkpoint import save_model
         from gradot_jax.offsite.adapter_file import load_adapter_for
         from gradot_jax.offsite.bundle import receive
@@ -39,7 +41,9 @@ class Export(Debuggable):
         bundle = receive(self.bundle, with_tokenizer=False)
         tuned = None
         if self.adapter is not None:
-            tuned = load_adapter_for(self.adapter, bundle, dtype=bundle.manifest.dtype)
+            tuned = load_adapter_for(self.adapter, bundle)
+            shipped = bundle.emulator.adapter
+            tuned = jax.tree.map(lambda new, old: new.astype(old.dtype), tuned, shipped)
         config, params = export_params(bundle.config, bundle.emulator.assemble(tuned))
         save_model(self.out, config, params, tokenizer_from=self.bundle, overwrite=self.overwrite)
         print(

@@ -7,15 +7,7 @@ from typing import Literal
 from gradot_jax.cli.common import OnHosts, check_new, fit_batch
 from gradot_jax.errors import InputError
 
-_SETTINGS = (
-    "accumulate",
-    "learning_rate",
-    "schedule",
-    "weight_decay",
-    "clip_norm",
-    "seed",
-    "dtype",
-)
+_SETTINGS = "accumulate learning_rate schedule weight_decay clip_norm seed dtype".split()
 """What a resumed run must agree on, besides bundle and data."""
 
 
@@ -85,9 +77,8 @@ class Finetune(OnHosts):
         check_new(self.out, overwrite=self.overwrite or self.resume)
         import shutil
 
-        from gradot_jax.cli.data import training_examples
+        from gradot_jax.cli.data import open_tokenizer, training_examples
         from gradot_jax.data.examples import epoch_batches, eval_batches
-        from gradot_jax.data.tokenizer import check_vocabulary, load_tokenizer
         from gradot_jax.files.digest import tree_digest
         from gradot_jax.offsite.adapter_file import save_adapter
         from gradot_jax.offsite.bundle import receive
@@ -108,8 +99,7 @@ class Finetune(OnHosts):
             accumulate=self.accumulate,
         )
         bundle = receive(self.bundle, dtype="float32", with_tokenizer=False)
-        tokenizer = load_tokenizer(self.bundle)
-        check_vocabulary(tokenizer, bundle.config.vocab_size)
+        tokenizer = open_tokenizer(self.bundle, bundle.config)
         examples = training_examples(tokenizer, bundle.config, self.train, self.sequence_length)
         batch_size = fit_batch(examples, self.batch_size, mesh)
         validation = None

@@ -36,12 +36,7 @@ class Need(NamedTuple):
 
 
 def needs(estimate: "MemoryEstimate", num_local_devices: int) -> list[Need]:
-    """What an estimate asks of each place, and what there is.
-
-    Args:
-        estimate: of a compression.
-        num_local_devices: of this process.
-    """
+    """What an estimate asks of each place, and what there is; the devices are this process's."""
     from gradot_jax.memory.available import (
         available_device_bytes,
         available_host_bytes,
@@ -69,13 +64,7 @@ def check_fits(found: list[Need]) -> None:
 
 
 def forecast_lines(outlook: "Forecast", dtype: str, itemsize: int) -> list[str]:
-    """What will be stored, as lines of a label and a value.
-
-    Args:
-        outlook: sizes.
-        dtype: of the bundle.
-        itemsize: of that dtype, in bytes.
-    """
+    """What will be stored, as lines of a label and a value; `itemsize` in bytes."""
     layers = [
         f"{number} x {_shape_text(shape)}" for shape, number in Counter(outlook.shapes).items()
     ]
@@ -110,8 +99,12 @@ def mebibytes(size: int) -> str:
 def _shape_text(shape: LayerShape | HarmonizerShape) -> str:
     if isinstance(shape, HarmonizerShape):
         return f"harmonizer of width {shape.rank}"
-    ranks = sorted({"full rank" if r is None else f"rank {r}" for _, r in shape.ranks})
-    return f"layer of {' and '.join(ranks)}, {shape.num_channels} channels"
+    of_rank: dict[str, list[str]] = {}
+    for site, rank in shape.ranks:
+        of_rank.setdefault("full rank" if rank is None else f"rank {rank}", []).append(site)
+    named = [f"{rank} ({', '.join(sites)})" for rank, sites in of_rank.items()]
+    ranks = ", ".join(named if len(named) > 1 else of_rank)
+    return f"layer of {ranks}, {shape.num_channels} channels"
 
 
 def line(label: str, value: str) -> str:

@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
 import tyro
 
@@ -15,6 +14,7 @@ from gradot_jax.cli.demo import Demo
 from gradot_jax.cli.evaluate import Evaluate
 from gradot_jax.cli.export import Export
 from gradot_jax.cli.finetune import Finetune
+from gradot_jax.cli.generate import Generate
 from gradot_jax.cli.inspect import Inspect
 from gradot_jax.cli.memory import memory_advice
 from gradot_jax.cli.plug_in import PlugIn
@@ -25,25 +25,17 @@ DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 _LONGEST_REASON = 200
 """Characters of what XLA says about lack of memory, which may be pages of buffers."""
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Compress, tyro.conf.subcommand("compress")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[PlugIn, tyro.conf.subcommand("plug-in")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-)
+Command = Demo | Compare | Compress | Finetune | PlugIn | Evaluate | Generate | Export | Inspect
+"""Each is called by the name of its class, in small letters with hyphens."""
 
 DESCRIPTION = """Offsite-tuning of language models without training the emulator (GradOT).
 
 The owner of a model compresses its middle and ships a bundle (compress); the owner of data tunes
 the adapter in it and returns that (finetune); the model's owner puts it around the original
-middle (plug-in). Everything in between can be measured (evaluate), looked at (inspect) and turned
-into a plain checkpoint (export). `gradot demo` shows all of it on a small bundled model, and
-`gradot compare` measures every method, on that model or on any other. `gradot --version` says which
-version this is.
+middle (plug-in). Everything in between can be measured (evaluate), asked (generate), looked at
+(inspect) and turned into a plain checkpoint (export). `gradot demo` shows all of it on a small
+bundled model, and `gradot compare` measures every method, on that model or on any other. `gradot
+--version` says which version this is.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused input (of a comparison: some of it), 130
 interrupted, 143 told to end (fine-tuning saves its state, compression what it has in

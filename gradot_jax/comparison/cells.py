@@ -30,10 +30,8 @@ class CellStore:
     def path(self, name: str, settings: Mapping[str, Any]) -> Path:
         """File of a cell: a name for people, and a digest of the settings.
 
-        Args:
-            name: part of the file's name.
-            settings: JSON values, everything that the cell's result depends on but the version
-                of the program, which is added.
+        These are JSON values, everything that the cell's result depends on but the version of the
+        program, which is added.
         """
         versioned = {"gradot_jax": gradot_jax.__version__, **settings}
         return self.folder / f"{name}-{json_digest(versioned)[:12]}.json"
@@ -41,12 +39,7 @@ class CellStore:
     def get(
         self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """The result of a cell, computed and written if it is not there.
-
-        Args:
-            name: part of the file's name.
-            settings: see `path`.
-            compute: makes the result, of JSON values.
+        """The result of a cell, JSON values, computed and written if it is not there; see `path`.
 
         Raises:
             InputError: when the file is no cell, or one of other settings.

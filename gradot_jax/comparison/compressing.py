@@ -120,13 +120,7 @@ class CompressionCell:
     def _ship(self, compression: Compression) -> None:
         from gradot_jax.offsite.bundle import ship
 
-        ship(
-            self.bundle,
-            self._bed.config,
-            compression.plan,
-            compression.emulator,
-            overwrite=True,
-        )
+        ship(self.bundle, self._bed.config, compression.plan, compression.emulator, overwrite=True)
 
 
 def _kept(layer: LayerPlan | HarmonizerPlan) -> dict[str, Any]:

@@ -76,12 +76,7 @@ def run_comparison(
     """Runs what is missing in a folder, and writes its tables and plots.
 
     Tables are written anew after every method and budget, so that a long run can be looked at.
-
-    Args:
-        bed: what to run on.
-        grid: what to run.
-        out: folder of the cells and the report.
-        drop_bundles: remove each emulator once its cells are finished.
+    With `drop_bundles` each emulator is removed once its cells are finished.
 
     Returns:
         The contents of `result.json`.
@@ -114,8 +109,9 @@ class _Run:
     """The cells of a grid, and the rows made of them so far."""
 
     def __init__(self, bed: Testbed, grid: Grid, out: Path):
-        self._bed, self._grid, self._out = bed, grid, out
+        self._bed, self._grid = bed, grid
         self._store = CellStore(out / "cells")
+        self._job = partial(Job, bed, self._store, out / "curves")
         self._model = _model_digest(bed)
         self._factors: dict[tuple[str, float | None, str], float] = {}
         self._full: dict[tuple[str, int], dict[str, float]] = {}
@@ -228,23 +224,6 @@ class _Run:
     def _original(self, task: Task) -> dict[str, float]:
         full = partial(split_model, self._bed.params, self._bed.split)
         return zero_shot(self._job(Case("original"), task, {"model": self._model}, full))
-
-    def _job(
-        self,
-        case: Case,
-        task: Task,
-        origin: Mapping[str, Any],
-        emulator: Callable[[], SplitModel],
-    ) -> Job:
-        return Job(
-            bed=self._bed,
-            store=self._store,
-            curves=self._out / "curves",
-            case=case,
-            task=task,
-            origin=origin,
-            emulator=emulator,
-        )
 
 
 def _model_digest(bed: Testbed) -> str:

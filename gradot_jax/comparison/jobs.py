@@ -87,12 +87,7 @@ def zero_shot(job: Job) -> dict[str, float]:
 
 
 def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[float, Tuned | None]:
-    """The factor on the learning rate of least development loss through the emulator.
-
-    Args:
-        job: what to tune.
-        seed: of the trials.
-        rates: factors to try; a single one is not tried.
+    """The factor on the learning rate of least development loss; a single one is not tried.
 
     Returns:
         The factor, and the run with it where it was just made.
@@ -123,13 +118,7 @@ def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[float, Tun
 
 
 def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) -> dict[str, Any]:
-    """Metrics after one fine-tuning.
-
-    Args:
-        job: what to tune.
-        seed: of the order of examples.
-        factor: on the task's learning rate.
-        tuned: the run itself, where it was made already.
+    """Metrics after one fine-tuning, which is `tuned` where it was made already.
 
     Returns:
         `development_loss`, `best_step`, `seconds`, and metrics by name: `full_finetuned` of a

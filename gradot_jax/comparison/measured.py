@@ -61,10 +61,7 @@ class Measured(NamedTuple):
 
 
 def load_measured(paths: Sequence[Path]) -> Measured:
-    """Reads results of comparisons that share a model.
-
-    Args:
-        paths: files that `gradot compare` wrote.
+    """Reads results that `gradot compare` wrote of one model.
 
     Raises:
         InputError: when one is no such file, or they are of several models or of one task twice.
@@ -89,14 +86,8 @@ def measured_value(
 ) -> str:
     """Mean and standard error of a published quantity with the number of runs, or `not run`.
 
-    The average is over the eight question sets, of the runs that all of them have.
-
-    Args:
-        measured: what there is.
-        system: a method, or the full model.
-        setting: of `QUANTITY`.
-        task: name of a task, or the average.
-        budget: of the method; not read for the full model.
+    The average is over the eight question sets, of the runs that all of them have. The setting is
+    one of `QUANTITY`; for the full model the budget is not read.
     """
     names = _QUESTION_SETS if task == AVERAGE else (task,)
     runs = [_runs(measured, system, setting, name, budget) for name in names]

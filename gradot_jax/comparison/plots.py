@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import color_sequences
+from matplotlib.figure import Figure
 
 from gradot_jax.comparison.summary import planned, select, summarise, summarise_compressions
 from gradot_jax.comparison.variants import REFERENCES
@@ -19,9 +21,8 @@ def draw_utility_privacy(path: Path, result: Mapping[str, Any]) -> None:
     tasks = [name for name in result["tasks"] if select(summary, task=name)]
     if not tasks:
         return
-    pyplot = _pyplot()
-    size = (5.2 * len(tasks) + 2, 4.6)
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False)
+    figure = Figure(figsize=(5.2 * len(tasks) + 2, 4.6), layout="tight")
+    axes = figure.subplots(1, len(tasks), squeeze=False)
     colours = _colours(result)
     for axis, name in zip(axes[0], tasks, strict=True):
         task = result["tasks"][name]
@@ -51,7 +52,7 @@ def draw_utility_privacy(path: Path, result: Mapping[str, Any]) -> None:
             axis.invert_xaxis()
             axis.invert_yaxis()
     axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(pyplot, figure, path)
+    figure.savefig(path, dpi=120)
 
 
 def draw_gradient_error(path: Path, result: Mapping[str, Any]) -> None:
@@ -59,8 +60,8 @@ def draw_gradient_error(path: Path, result: Mapping[str, Any]) -> None:
     summary = [row for row in summarise_compressions(result) if row["budget"] is not None]
     if not summary:
         return
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(7, 4.6))
+    figure = Figure(figsize=(7, 4.6), layout="tight")
+    axis = figure.subplots()
     for method, colour in _colours(result).items():
         rows = sorted(select(summary, method=method), key=lambda row: row["budget"])
         if rows:
@@ -71,7 +72,7 @@ def draw_gradient_error(path: Path, result: Mapping[str, Any]) -> None:
     axis.set_ylabel("relative error of the adapter's gradient")
     axis.set_yscale("log")
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(pyplot, figure, path)
+    figure.savefig(path, dpi=120)
 
 
 def draw_kept(path: Path, result: Mapping[str, Any]) -> None:
@@ -87,9 +88,8 @@ def draw_kept(path: Path, result: Mapping[str, Any]) -> None:
     first = {c["method"]: c for c in reversed(found)}
     methods = list(reversed(first))
     kept = np.array([_kept_per_layer(result, first[method]) for method in methods])
-    pyplot = _pyplot()
-    size = (13, 1.4 + 0.35 * len(methods))
-    figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True)
+    figure = Figure(figsize=(13, 1.4 + 0.35 * len(methods)), layout="tight")
+    axes = figure.subplots(1, 2, sharey=True)
     labels = ("mean rank of attention", "channels of the MLP")
     for axis, label, values in zip(axes, labels, np.moveaxis(kept, 1, 0), strict=True):
         image = axis.imshow(values, aspect="auto", interpolation="nearest", vmin=0)
@@ -97,7 +97,7 @@ def draw_kept(path: Path, result: Mapping[str, Any]) -> None:
         axis.set_xlabel("layer")
         axis.set_title(f"{label}, budget {min(budgets):g}", fontsize=10)
         figure.colorbar(image, ax=axis)
-    _save(pyplot, figure, path)
+    figure.savefig(path, dpi=120)
 
 
 def _kept_per_layer(result: Mapping[str, Any], compression: Mapping[str, Any]) -> np.ndarray:
@@ -112,24 +112,7 @@ def _kept_per_layer(result: Mapping[str, Any], compression: Mapping[str, Any]) -
     return values
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(pyplot, figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def _colours(result: Mapping[str, Any]) -> dict[str, Any]:
-    from matplotlib import color_sequences
-
     methods = [name for name, _ in planned(result) if name not in REFERENCES]
     shades = color_sequences["tab20"]
     return {name: shades[i % 20] for i, name in enumerate(dict.fromkeys(methods))}

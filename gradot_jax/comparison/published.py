@@ -106,9 +106,6 @@ class Published:
 def load_published(path: Path = PATH) -> Published:
     """Reads published numbers.
 
-    Args:
-        path: the file.
-
     Raises:
         InputError: when it is malformed, names an entry twice, gives a value without a known
             source, or a source that nothing uses.
@@ -177,13 +174,7 @@ def table(published: Published) -> str:
 
 
 def beside(published: Published, measured: Measured, model: str) -> str:
-    """Markdown: a table, the sources, and in what the two protocols differ.
-
-    Args:
-        published: the numbers of the papers.
-        measured: ours.
-        model: of `MODELS`, the one that ours is to be set beside.
-    """
+    """Markdown: a table, the sources, and in what the two protocols differ; of one of `MODELS`."""
     entries = published.find(model=model)
     used = {e.source: published.sources[e.source] for e in entries if e.source}
     sources = [f"- [{key}] {source.kind}: {source.where}" for key, source in used.items()]

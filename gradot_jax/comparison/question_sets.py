@@ -12,6 +12,7 @@ from gradot_jax.comparison.testbed import FineTuning, Measure, Task, Testbed, Va
 from gradot_jax.data.examples import eval_batches, take
 from gradot_jax.data.records import ItemRecords, TextRecords
 from gradot_jax.data.tasks import TASKS, Preset, QATask, load_task, task_examples
+from gradot_jax.data.tokenizer import document_start
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.multiple_choice import accepted_match, choice_accuracy, tokenise
 from gradot_jax.evaluation.perplexity import perplexity
@@ -144,7 +145,7 @@ class _Report(NamedTuple):
     Attributes:
         measure: a model's metrics on it.
         digest: of its tokens and of the right answers.
-        bos: what begins with `bos_token_id`.
+        bos: what begins with the token of `document_start`.
         num_cut: prompts that lost their beginning.
     """
 
@@ -162,17 +163,19 @@ def _task(
     batch_size: int,
     epochs: float | None,
 ) -> Task:
+    start = document_start(tokenizer, config)
     read = functools.partial(
         task_examples,
         task,
         tokenizer=tokenizer,
-        bos_id=config.bos_token_id,
-        eos_id=config.eos_token_id,
+        bos_id=start,
+        eos_id=next(iter(config.end_token_ids), None),
         longest=config.max_position_embeddings,
     )
     (train, cut), (development, cut_too) = read(task.train), read(task.validation)
     if isinstance(task.report, TextRecords):
-        report = _text_report(read(task.report)[0], _TEXT_BOS[task.preset], batch_size)
+        begun = "no text" if start is None else _TEXT_BOS[task.preset]
+        report = _text_report(read(task.report)[0], begun, batch_size)
     else:
         report = _question_report(task, task.report, config, tokenizer, batch_size)
     percent = "" if task.metric == "perplexity" else " %"
@@ -244,6 +247,6 @@ def _question_report(
         measure=by_accuracy if task.metric == "accuracy" else by_exact_match,
         # The tokens tell another tokenizer, the records another right answer.
         digest=f"{records.digest} {tree_digest(questions.examples)}",
-        bos=task.report_bos,
+        bos=task.report_bos and document_start(tokenizer, config) is not None,
         num_cut=questions.num_truncated,
     )

@@ -26,27 +26,19 @@ NOT_RUN = "not run"
 def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     """Writes `result.json` and `table.md` of a comparison into a folder."""
     derived = {
-        "summary": summarise(result),
-        "paired": paired_differences(result),
+        "summary": list(map(_spelled, summarise(result))),
+        "paired": list(map(_spelled, paired_differences(result))),
         "validity": validity(result),
     }
-    named = {
-        "summary": [_spelled(row) for row in derived["summary"]],
-        "paired": [_spelled(row) for row in derived["paired"]],
-        "validity": derived["validity"],
-    }
-    write_result(out / "result.json", {**result, **named})
+    write_result(out / "result.json", {**result, **derived})
     (out / "table.md").write_text(report(result), encoding="utf-8")
 
 
 def write_plots(out: Path, result: Mapping[str, Any]) -> None:
     """Writes `utility_privacy.png`, `gradient_error.png` and `kept.png`, those that have data."""
-    for name, draw in (
-        ("utility_privacy", draw_utility_privacy),
-        ("gradient_error", draw_gradient_error),
-        ("kept", draw_kept),
-    ):
-        draw(out / f"{name}.png", result)
+    draw_utility_privacy(out / "utility_privacy.png", result)
+    draw_gradient_error(out / "gradient_error.png", result)
+    draw_kept(out / "kept.png", result)
 
 
 def report(result: Mapping[str, Any]) -> str:

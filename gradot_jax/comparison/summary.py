@@ -24,15 +24,9 @@ QUANTITIES = {
 """What is measured, and what it varies with; rows that agree in that repeat one measurement."""
 
 COSTS = (
-    "share_shipped",
-    "share_verbatim",
-    "gradient_cosine",
-    "gradient_relative_error",
-    "gradient_norm_ratio",
-    "loss_gap",
-    "seconds",
-    "added_host_bytes",
-)
+    "share_shipped share_verbatim gradient_cosine gradient_relative_error gradient_norm_ratio "
+    "loss_gap seconds added_host_bytes"
+).split()
 PAIRED = ("plug_in", "emulator_finetuned", "delta")
 CONFIDENCE = 0.95
 
@@ -138,9 +132,6 @@ def validity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     method at every budget, and the interval of each paired difference between the plug-ins of
     another system and of `gradot` excludes 0; `random` counts for neither, and V3 is None where
     there is no interval.
-
-    Args:
-        result: of a comparison.
     """
     summary, pairs = summarise(result), paired_differences(result)
     checks = {}
@@ -152,11 +143,14 @@ def validity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         zero, full, empty = (
             floor[0][q].mean for q in ("zero_shot", "full_finetuned", "emulator_finetuned")
         )
+        higher = task["higher_is_better"]
+        gain = full - zero if higher else 1 - full / zero
+        loss = full - empty if higher else empty / full - 1
         left_out = (FLOOR, "random", *REFERENCES)
         others = [r for r in rows if r["method"] not in left_out and r["delta"]]
         checks[name] = {
-            "V1": _check(_gain(task, zero, full), task["validity"]["gain"]),
-            "V2": _check(_loss(task, full, empty), task["validity"]["loss"]),
+            "V1": _check(gain, task["validity"]["gain"]),
+            "V2": _check(loss, task["validity"]["loss"]),
             "V3": _v3(others, select(pairs, task=name)),
         }
     return checks
@@ -185,12 +179,10 @@ def select(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Mapping[str
 
 
 def _values(rows: Sequence[Mapping[str, Any]], quantity: str, metric: str) -> list[float]:
-    varies = QUANTITIES[quantity]
-    measured = [row for row in rows if row.get(quantity) is not None]
     values = {}
-    for row in measured:
-        seed, draw = (row[name] if name in varies else None for name in ("seed", "draw"))
-        values[seed, draw] = row[quantity][metric]
+    for row in (row for row in rows if row.get(quantity) is not None):
+        varies = {name: row[name] for name in QUANTITIES[quantity]}
+        values[varies.get("seed"), varies.get("draw")] = row[quantity][metric]
     return _observations(values)
 
 
@@ -209,14 +201,6 @@ def _partner(
 ) -> Mapping[str, Any] | None:
     found = [r for r in rows if r["seed"] == other["seed"] and r["draw"] in (other["draw"], None)]
     return found[0] if found else None
-
-
-def _gain(task: Mapping[str, Any], zero: float, full: float) -> float:
-    return full - zero if task["higher_is_better"] else 1 - full / zero
-
-
-def _loss(task: Mapping[str, Any], full: float, empty: float) -> float:
-    return full - empty if task["higher_is_better"] else empty / full - 1
 
 
 def _check(got: float, threshold: float) -> dict[str, Any]:

@@ -35,12 +35,7 @@ class RatedOptimizer(optax.GradientTransformation):
 
 
 def rated_optimizer(tuning: FineTuning, factor: float) -> RatedOptimizer:
-    """AdamW at `factor` times the learning rate of some settings.
-
-    Args:
-        tuning: settings; equal ones share compiled steps.
-        factor: on the whole schedule.
-    """
+    """AdamW, its whole schedule times a factor; equal settings share compiled steps."""
     base = _optimizer(tuning)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -81,15 +76,7 @@ class Tuned(NamedTuple):
 def tune(
     bed: Testbed, emulator: SplitModel, task: Task, *, seed: int, factor: float, curve: Path
 ) -> Tuned:
-    """Tunes the adapter of an emulator on a task.
-
-    Args:
-        bed: the testbed.
-        emulator: the model.
-        task: one of the testbed's.
-        seed: of the order of examples.
-        factor: on the task's learning rate.
-        curve: file to write the history to.
+    """Tunes the adapter of an emulator on a task, at a factor on its rate; `curve` is the history.
 
     Raises:
         DivergenceError: when a loss or gradient is not finite.

@@ -82,12 +82,7 @@ def same_system(method: str, other: str) -> bool:
 
 
 def shortened(training: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The same settings of the methods that train, for another number of steps.
-
-    Args:
-        training: see `variant_options`.
-        steps: of each.
-    """
+    """The same settings of the methods that train, for another number of steps of each."""
     distillation = training.get("distillation", DistillationOptions())
     warmup = max(min(distillation.warmup_steps, steps - 1), 0)
     scaleot = training.get("scaleot", ScaleOTOptions())
@@ -99,12 +94,7 @@ def shortened(training: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def variant_options(case: Case, training: Mapping[str, Any]) -> CompressionOptions:
-    """The options of a compression.
-
-    Args:
-        case: no reference.
-        training: fields of `CompressionOptions`, of which the method gets those that it reads.
-    """
+    """The options of a compression, with those fields of `training` that its method reads."""
     read = METHODS[case.method].options
     fields = {name: value for name, value in training.items() if name in read}
     if case.budget is not None:

@@ -90,18 +90,13 @@ def cut_rank(
             reduced = shift_bias(original, reduced, factors)
         else:
             reduced = refit_low_rank(original, reduced, factors, damping)
-    dtype = original.kernel.dtype
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), reduced), tuple(map(int, kept))
+    left, right = (leaf.astype(original.kernel.dtype) for leaf in (reduced.left, reduced.right))
+    bias = None if original.bias is None else reduced.bias.astype(original.bias.dtype)
+    return LowRank(left, right, bias), tuple(map(int, kept))
 
 
 def shift_bias(original: Dense, reduced: LowRank, factors: KroneckerFactors) -> LowRank:
-    """Moves the bias by the mean of what was removed: `b + E[x] (W - left right)`.
-
-    Args:
-        original: kernel `[D_in, D_out]`, with a bias.
-        reduced: its factors.
-        factors: of the same map.
-    """
+    """Moves the bias by the mean of what was removed: `b + E[x] (W - left right)`."""
     lost = original.kernel.astype(jnp.float32) - dense_kernel(reduced)
     shift = jnp.dot(factors.input_mean, lost, precision=jax.lax.Precision.HIGHEST)
     return reduced.replace(bias=original.bias + shift)

@@ -112,13 +112,7 @@ def component_scores(
     parts: Mapping[str, SVD],
     factors: Mapping[str, KroneckerFactors],
 ) -> dict[str, ScoreTerms]:
-    """Scores the components of all sites, those of equal shape in one `vmap`; inside `jit`.
-
-    Args:
-        score: of one site.
-        parts: components by site.
-        factors: by site.
-    """
+    """Scores the components of all sites, those of equal shape in one `vmap`; inside `jit`."""
     terms = {}
     for sites in by_shape({site: (p.left.shape, p.right.shape) for site, p in parts.items()}):
         terms |= unstack(jax.vmap(score)(stack(parts, sites), stack(factors, sites)), sites)

@@ -46,7 +46,7 @@ def tap_input(x: jax.Array, tap: InputMoments, mask: jax.Array | None) -> jax.Ar
     return x
 
 
-def _tap_input_forward(x, tap, mask):
+def _masked_forward(x, tap, mask):
     del tap
     return x, (x, mask)
 
@@ -60,7 +60,7 @@ def _tap_input_backward(residual, cotangent):
     return cotangent, moments, None
 
 
-tap_input.defvjp(_tap_input_forward, _tap_input_backward)
+tap_input.defvjp(_masked_forward, _tap_input_backward)
 
 
 @jax.custom_vjp
@@ -99,11 +99,6 @@ def tap_removal(x: jax.Array, tap: Gram, mask: jax.Array | None) -> jax.Array:
     return x
 
 
-def _tap_removal_forward(x, tap, mask):
-    del tap
-    return x, (x, mask)
-
-
 def _tap_removal_backward(residual, cotangent):
     x, mask = residual
     # Half precision would round a product of small gradients to zero.
@@ -112,7 +107,7 @@ def _tap_removal_backward(residual, cotangent):
     return cotangent, gram(rows, None if mask is None else mask.reshape(-1)), None
 
 
-tap_removal.defvjp(_tap_removal_forward, _tap_removal_backward)
+tap_removal.defvjp(_masked_forward, _tap_removal_backward)
 
 
 class BlockTaps(NamedTuple):

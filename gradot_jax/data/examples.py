@@ -1,7 +1,7 @@
 """From records to token examples, and from examples to batches.
 
 A data set of examples is one `Batch` of numpy arrays whose leading axis counts examples. Every
-document and prompt begins with the token `bos_id` (`gradot_jax.data.tokenizer.BOS_RULE`).
+document and prompt begins with the token `bos_id`, if any (`data.tokenizer.document_start`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,20 +9,21 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from gradot_jax.data.records import ChoiceRecords, ItemRecords, Prompt, PromptRecords
-from gradot_jax.data.tokenizer import encode
+from gradot_jax.data.tokenizer import encode, encode_after
 from gradot_jax.errors import InputError
 from gradot_jax.nn.batch import Batch
 
 _MULTIPLE = 8
 
 
-def token_stream(tokenizer, texts: Iterable[str], bos_id: int) -> np.ndarray:
+def token_stream(tokenizer, texts: Iterable[str], bos_id: int | None) -> np.ndarray:
     """Token ids `[N]` of texts end to end, each begun by `bos_id`; empty texts are left out."""
     return _stream(tokenizer, (text for text in texts if text), bos_id)
 
 
-def _stream(tokenizer, texts: Iterable[str], bos_id: int) -> np.ndarray:
-    documents = [[bos_id, *encode(tokenizer, text)] for text in texts]
+def _stream(tokenizer, texts: Iterable[str], bos_id: int | None) -> np.ndarray:
+    start = [] if bos_id is None else [bos_id]
+    documents = [[*start, *encode(tokenizer, text)] for text in texts]
     return np.concatenate([np.asarray(ids, np.int32) for ids in [[], *documents]])
 
 
@@ -33,7 +34,7 @@ def windows(stream: np.ndarray, starts: np.ndarray, length: int) -> Batch:
     return Batch(inputs, targets, np.ones(inputs.shape, np.float32), np.ones_like(inputs))
 
 
-def text_examples(tokenizer, texts: Iterable[str], length: int, bos_id: int) -> Batch:
+def text_examples(tokenizer, texts: Iterable[str], length: int, bos_id: int | None) -> Batch:
     """Texts end to end, cut into consecutive windows that share no token.
 
     Each window has `length + 1` tokens: `length` inputs and as many targets. So the first token
@@ -43,7 +44,7 @@ def text_examples(tokenizer, texts: Iterable[str], length: int, bos_id: int) -> 
         tokenizer: see `load_tokenizer`.
         texts: documents.
         length: T of the examples.
-        bos_id: begins every document.
+        bos_id: begins every document; None for none.
 
     Returns:
         Examples `[number of windows, length]`.
@@ -55,7 +56,7 @@ def text_examples(tokenizer, texts: Iterable[str], length: int, bos_id: int) -> 
 
 
 def line_examples(
-    tokenizer, lines: Sequence[str], length: int, bos_id: int, *, num_groups: int
+    tokenizer, lines: Sequence[str], length: int, bos_id: int | None, *, num_groups: int
 ) -> Batch:
     """Windows as offsite-tuning's code cuts a text that comes in lines.
 
@@ -67,7 +68,7 @@ def line_examples(
         tokenizer: see `load_tokenizer`.
         lines: in the order of the text.
         length: T of the examples.
-        bos_id: begins every line.
+        bos_id: begins every line; None for none.
         num_groups: processes that the text was prepared by.
 
     Raises:
@@ -90,7 +91,12 @@ def _consecutive(streams: Sequence[np.ndarray], length: int) -> Batch:
 
 
 def prompt_examples(
-    tokenizer, records: PromptRecords, bos_id: int, max_length: int, *, eos_id: int | None = None
+    tokenizer,
+    records: PromptRecords,
+    bos_id: int | None,
+    max_length: int,
+    *,
+    eos_id: int | None = None,
 ) -> tuple[Batch, int]:
     """Prompts followed by their completions, with loss on the completion's tokens only.
 
@@ -101,7 +107,7 @@ def prompt_examples(
     Args:
         tokenizer: see `load_tokenizer`.
         records: prompts and completions.
-        bos_id: begins every prompt.
+        bos_id: begins every prompt; None for none.
         max_length: largest T.
         eos_id: token to end every completion with; None for none.
 
@@ -155,7 +161,7 @@ def _completion_examples(
     rows, cuts = [], 0
     for pair, label in zip(pairs, labels, strict=True):
         prompt = encode(tokenizer, pair.prompt)
-        completion = encode(tokenizer, pair.completion) + end
+        completion = encode_after(tokenizer, pair.prompt, pair.completion) + end
         if not 1 <= len(completion) <= max_length:
             raise InputError(
                 f"{label}: its completion has {len(completion)} tokens, expected 1 to the "

@@ -20,6 +20,8 @@ Part = Literal["train", "validation", "report"]
 
 _BLANK = "  _  ."
 """How a question of RACE ends that is a sentence to complete."""
+SCIQ_CHOICES = ("distractor1", "distractor2", "distractor3", "correct_answer")
+"""Columns of the answers to a question of SciQ, the right one last."""
 _TITLE = re.compile(r" = [^=].* = \n")
 """Line of WikiText that begins an article."""
 
@@ -158,7 +160,6 @@ webqs: Reader = _alike(_webqs)
 
 def sciq(rows: Iterable[Row], preset: Preset, part: Part) -> Iterator[Question]:
     """Questions of SciQ."""
-    wrong = ("distractor1", "distractor2", "distractor3")
     for row in rows:
         support, cue = row.text("support"), _cue(row.text("question"))
         if preset == "corrected":
@@ -166,7 +167,7 @@ def sciq(rows: Iterable[Row], preset: Preset, part: Part) -> Iterator[Question]:
         prompt = f"{support}\n{cue}"
         if preset == "paper" and part == "report":
             prompt = prompt.strip()
-        choices = tuple(row.text(column) for column in (*wrong, "correct_answer"))
+        choices = tuple(row.text(column) for column in SCIQ_CHOICES)
         yield Question(prompt, choices, (3,))
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.strict_json import parse_json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 _SUFFIXES = (".txt", ".jsonl", ".json")
+T = TypeVar("T")
 
 
 class Prompt(NamedTuple):
@@ -46,75 +47,53 @@ class Item(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextRecords:
-    """Documents.
-
-    Attributes:
-        records: one text a document.
-        source: label for reports, without the folder.
-    """
-
-    records: tuple[str, ...]
-    source: str
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the content, whatever file it came from."""
-        return _digest("text", self.records)
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptRecords:
-    """Prompts with completions.
+class _RecordsOfOneKind(Generic[T]):
+    """What a source holds.
 
     Attributes:
         records: in the order of the source.
         source: label for reports, without the folder.
     """
 
-    records: tuple[Prompt, ...]
+    kind: ClassVar[str]
+
+    records: tuple[T, ...]
     source: str
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the content, whatever file it came from."""
-        return _digest("prompt", self.records)
+        content = json.dumps([self.kind, self.records], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode("ascii")).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class ItemRecords:
-    """Prompts with candidate continuations.
+class TextRecords(_RecordsOfOneKind[str]):
+    """Documents, one text each."""
 
-    Attributes:
-        records: in the order of the source.
-        source: label for reports, without the folder.
-    """
+    kind = "text"
 
-    records: tuple[Item, ...]
-    source: str
+
+class PromptRecords(_RecordsOfOneKind[Prompt]):
+    """Prompts with completions."""
+
+    kind = "prompt"
+
+
+class ItemRecords(_RecordsOfOneKind[Item]):
+    """Prompts with candidate continuations."""
+
+    kind = "item"
 
     @property
     def items(self) -> tuple[Item, ...]:
         """The records, which need no rendering."""
         return self.records
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the content, whatever file it came from."""
-        return _digest("item", self.records)
 
+class ChoiceRecords(_RecordsOfOneKind[Choice]):
+    """Multiple-choice questions."""
 
-@dataclasses.dataclass(frozen=True)
-class ChoiceRecords:
-    """Multiple-choice questions.
-
-    Attributes:
-        records: in the order of the source.
-        source: label for reports, without the folder.
-    """
-
-    records: tuple[Choice, ...]
-    source: str
+    kind = "choice"
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -127,11 +106,6 @@ class ChoiceRecords:
             )
             for record in self.records
         )
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the content, whatever file it came from."""
-        return _digest("choice", self.records)
 
 
 Records = TextRecords | PromptRecords | ChoiceRecords
@@ -262,8 +236,8 @@ def _collect(rows: Iterable[tuple[str, Any]], source: str) -> Records:
             kind, first = got, where
         elif got is not kind:
             raise InputError(
-                f"{where}: has the fields {_listed(_FIELDS[got])}, but {first} has "
-                f"{_listed(_FIELDS[kind])}; one source holds one kind of record"
+                f"{where}: has the fields {', '.join(_FIELDS[got])}, but {first} has "
+                f"{', '.join(_FIELDS[kind])}; one source holds one kind of record"
             )
         records.append(_PARSERS[kind](row, where))
     if not records or not any(records):
@@ -274,11 +248,8 @@ def _collect(rows: Iterable[tuple[str, Any]], source: str) -> Records:
 def _kind(fields: Collection[str], where: str) -> type[Records]:
     kinds = [kind for kind, needed in _FIELDS.items() if set(needed) <= set(fields)]
     if len(kinds) != 1:
-        expected = "; or ".join(_listed(needed) for needed in _FIELDS.values())
-        raise InputError(
-            f"{where}: got the fields {_listed(sorted(fields)) or 'none'}, expected one of: "
-            f"{expected}"
-        )
+        got, expected = ", ".join(sorted(fields)), "; or ".join(map(", ".join, _FIELDS.values()))
+        raise InputError(f"{where}: got the fields {got or 'none'}, expected one of: {expected}")
     return kinds[0]
 
 
@@ -331,15 +302,6 @@ def _string(value: Any, field: str, where: str) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _listed(fields: Iterable[str]) -> str:
-    return ", ".join(fields)
-
-
-def _digest(kind: str, records: tuple) -> str:
-    content = json.dumps([kind, records], ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode("ascii")).hexdigest()
 
 
 _FIELDS: dict[type[Records], tuple[str, ...]] = {

@@ -4,12 +4,13 @@ A task is read in one of two presets.
 
 `paper` is the text of offsite-tuning's code (arXiv 2302.04870), which its successors share.
 Answers follow the prompt without a space in seven of the eight, nothing ends them, blocks are as
-long as there; results are measured as lm-eval 0.3.0 does: a space before every answer, no
-`bos_token_id`. PIQA and HellaSwag choose and report on one split, WikiText-2 too.
+long as there; results are measured as lm-eval 0.3.0 does: a space before every answer, no BOS.
+PIQA and HellaSwag choose and report on one split, WikiText-2 too.
 
 `corrected` trains on what is measured: lm-eval 0.4's prompt, a space before every answer and
-`eos_token_id` after it, `bos_token_id` before every prompt. No split both chooses and reports:
-PIQA and HellaSwag, whose test answers are secret, choose on the first 5 % of their training rows.
+`eos_token_id` after it, and before every prompt what a document begins with. No split both chooses
+and reports: PIQA and HellaSwag, whose test answers are secret, choose on the first 5 % of their
+training rows.
 
 Two deviations from both. A prompt that is too long loses its beginning, where their code cuts
 the answer off and has nothing left to learn. Of the aliases of a WebQs answer all are tried,
@@ -125,14 +126,7 @@ TASKS: Mapping[str, TaskDescription] = {
     ),
     "sciq": TaskDescription(
         hub_id="allenai/sciq",
-        columns=(
-            "support",
-            "question",
-            "distractor1",
-            "distractor2",
-            "distractor3",
-            "correct_answer",
-        ),
+        columns=("support", "question", *questions.SCIQ_CHOICES),
         read=questions.sciq,
     ),
     "webqs": TaskDescription(
@@ -180,7 +174,7 @@ class QATask:
         metric: to report.
         length: T of the examples at most.
         append_eos: whether the answers of `train` and `validation` end in `eos_token_id`.
-        report_bos: whether a prompt of `report` begins with `bos_token_id`.
+        report_bos: whether a prompt of `report` begins as a document does.
         num_left_out: rows of `train` and `validation` without an answer to learn.
     """
 
@@ -242,8 +236,8 @@ def task_examples(
     records: PromptRecords | TextRecords,
     tokenizer,
     *,
-    bos_id: int,
-    eos_id: int,
+    bos_id: int | None,
+    eos_id: int | None,
     longest: int,
 ) -> tuple["Batch", int]:
     """Examples of one of a task's parts; see `multiple_choice` for questions to report on.
@@ -252,16 +246,19 @@ def task_examples(
         task: the task.
         records: of one of its parts.
         tokenizer: see `load_tokenizer`.
-        bos_id: of the model.
-        eos_id: of the model.
+        bos_id: begins every document and prompt; None for none.
+        eos_id: ends an answer; None where the model has none.
         longest: largest T that the model takes.
 
     Returns:
         Examples `[N, T]`, and how many prompts lost their beginning.
 
     Raises:
-        InputError: when an answer does not fit, or text does not fill one window.
+        InputError: when an answer does not fit or is to end and has nothing to end it, or text does
+            not fill one window.
     """
+    if task.append_eos and eos_id is None:
+        raise InputError(f"{task.name}: answers end in eos_token_id, which the model has not")
     # They load jax.
     from gradot_jax.data.examples import line_examples, prompt_examples, text_examples
 

@@ -31,10 +31,7 @@ TRAINING = {
 }
 """For the methods that train: a model this narrow takes a higher rate than the default."""
 
-_VALIDITY = {
-    "perplexity": Validity(gain=0.25, loss=0.8),
-    "exact_match": Validity(gain=50, loss=40),
-}
+_VALIDITY = {"perplexity": Validity(gain=0.25, loss=0.8), "exact_match": Validity(gain=50, loss=40)}
 _EVALUATION_BATCH = 30
 _CALIBRATION_BATCH = 16
 _HELD_OUT_WINDOWS = 64
@@ -52,15 +49,8 @@ def run_demo(
     """Runs a comparison in its quickest setting, with the upper bound and the floor.
 
     The full model is tuned once a seed; per method, draw of calibration text and seed the
-    emulator is tuned and its adapter plugged in, each at the task's own learning rate.
-
-    Args:
-        out: folder to make, or to go on with; it gets the report.
-        budget: share of the middle's parameters to keep.
-        methods: of `METHODS`.
-        tasks: of `top`, `api` and `syn`.
-        seeds: fine-tuning runs of each method and task.
-        draws: draws of calibration text.
+    emulator is tuned and its adapter plugged in, each at the task's own learning rate. Arguments
+    are those of `gradot demo`.
 
     Returns:
         The contents of `result.json`.
@@ -86,15 +76,12 @@ def bundled_testbed(
     tuning: Mapping[str, FineTuning] = FINE_TUNING,
     num_sequences: int = 512,
 ) -> Testbed:
-    """The bundled model; gradients are compared on development prose.
+    """The bundled model with some of its tasks; gradients are compared on development prose.
 
-    Args:
-        tasks: of `top`, `api` and `syn`.
-        tuning: settings by name of the task.
-        num_sequences: windows of a draw of calibration text.
+    A draw of calibration text has `num_sequences` windows.
 
     Raises:
-        ValueError: for another task.
+        ValueError: for a task that is none of `top`, `api` and `syn`.
     """
     config, params = load_model(bundled_model())
     tokenizer, facts = load_tokenizer(bundled_model()), bundled_facts()

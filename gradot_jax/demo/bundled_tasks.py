@@ -14,13 +14,7 @@ import jax
 import numpy as np
 
 from gradot_jax.comparison.testbed import FineTuning
-from gradot_jax.data.examples import (
-    prompt_examples,
-    take,
-    text_examples,
-    token_stream,
-    windows,
-)
+from gradot_jax.data.examples import prompt_examples, take, text_examples, token_stream, windows
 from gradot_jax.data.records import Prompt, PromptRecords
 from gradot_jax.demo.corpus import Facts, fact_pass, prose_documents, stdlib_sources
 from gradot_jax.nn.batch import Batch
@@ -98,13 +92,9 @@ def split_prose(documents: list[str]) -> Parts[list[str]]:
 def load_tasks(tokenizer, facts: Facts, names: Sequence[str]) -> dict[str, Task]:
     """Tasks by name, as examples of at most `LENGTH` tokens.
 
-    Args:
-        tokenizer: of the bundled model.
-        facts: what the model was taught.
-        names: of `top`, `api` and `syn`.
-
     Raises:
-        ValueError: for another name, or when there are too few facts for the parts.
+        ValueError: for a name that is none of `top`, `api` and `syn`, or when there are too few
+            facts for the parts.
     """
     builders = {"top": _top_task, "api": _api_task, "syn": _syn_task}
     unknown = sorted(set(names) - set(builders))

@@ -4,10 +4,7 @@ Sources and prose are read from the running Python; the facts that the bundled m
 from the table beside its weights, since module contents differ between Python versions.
 """
 
-import ast
-import collections
 import dataclasses
-import itertools
 import json
 import os
 import random
@@ -49,18 +46,6 @@ SYN_SENTENCES = {
         "The {value} is looked after by {name}.",
     ),
 }
-_JOBS = (
-    "baker weaver miller potter sailor tailor barber farmer hunter fisher painter sculptor "
-    "writer printer binder glazier mason roofer plumber joiner carver cooper smith tanner dyer "
-    "brewer grocer butcher florist gardener forester miner driver pilot porter waiter cook nurse "
-    "doctor surgeon dentist chemist teacher lawyer judge clerk banker actor dancer singer"
-).split()
-_ANIMALS = (
-    "cat dog horse goat sheep cow pig duck goose hen rabbit hamster ferret parrot canary finch "
-    "raven owl falcon eagle pigeon turtle lizard gecko snake frog toad newt carp trout pike eel "
-    "crab snail spider beetle cricket bee moth fox badger otter beaver hedgehog squirrel deer "
-    "donkey camel llama mule"
-).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +60,9 @@ class Facts:
     api: tuple[tuple[str, str], ...]
     syn: tuple[tuple[str, str, str], ...]
 
-    def to_json(self) -> str:
-        """The table of facts, one fact a line."""
-        rows = {field: list(map(list, getattr(self, field))) for field in ("api", "syn")}
-        parts = (
-            f'"{field}": [\n' + ",\n".join(json.dumps(row) for row in table) + "\n]"
-            for field, table in rows.items()
-        )
-        return "{\n" + ",\n".join(parts) + "\n}\n"
-
     @classmethod
     def from_json(cls, text: str) -> "Facts":
-        """Inverse of `to_json`."""
+        """Reads the table beside the weights."""
         tables = json.loads(text)
         return cls(*(tuple(tuple(row) for row in tables[field]) for field in ("api", "syn")))
 
@@ -129,60 +105,6 @@ def prose_documents() -> list[str]:
     ]
     random.Random(0).shuffle(documents)
     return documents
-
-
-def make_facts(sources: dict[str, str], *, num_api: int = 1200, num_people: int = 600) -> Facts:
-    """Extracts API facts from sources and invents people; the same for the same sources."""
-    rng = random.Random(0)
-    return Facts(_api_facts(sources, num_api, rng), _syn_facts(num_people, rng))
-
-
-def _api_facts(sources, count, rng) -> tuple[tuple[str, str], ...]:
-    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    modules_of = collections.defaultdict(set)
-    for module, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, definitions):
-                modules_of[node.name].add(module)
-    names_of = collections.defaultdict(list)
-    for name, modules in sorted(modules_of.items()):
-        public = not name.startswith(("_", "test")) and 5 <= len(name) <= 24
-        if public and len(modules) == 1:
-            names_of[next(iter(modules))].append(name)
-    facts = [
-        (name, module)
-        for module, names in sorted(names_of.items())
-        if len(names) >= 8 and not module.split(".")[-1].startswith("_")
-        for name in names
-    ]
-    rng.shuffle(facts)
-    return tuple(facts[:count])
-
-
-def _syn_facts(count, rng) -> tuple[tuple[str, str, str], ...]:
-    onsets, vowels, codas = (
-        "b d f g h j k l m n p r s t v z".split(),
-        "aeiou",
-        "l m n r s t".split(),
-    )
-
-    def word() -> str:
-        syllables = (rng.choice(onsets) + rng.choice(vowels) for _ in range(2))
-        return ("".join(syllables) + rng.choice(codas)).capitalize()
-
-    def distinct(number: int) -> list[str]:
-        words: dict[str, None] = {}
-        while len(words) < number:
-            words[word()] = None
-        return list(words)
-
-    names = [f"{a} {b}" for a, b in itertools.product(distinct(40), distinct(60))]
-    values = {"city": distinct(50), "job": _JOBS, "animal": _ANIMALS}
-    return tuple(
-        (name, attribute, rng.choice(choices))
-        for name in rng.sample(names, count)
-        for attribute, choices in values.items()
-    )
 
 
 def fact_pass(facts: Facts, world: str, rng: random.Random) -> Iterator[str]:

@@ -14,16 +14,7 @@ from gradot_jax.evaluation.lm_eval import HarnessModel
 
 logger = logging.getLogger("gradot_jax")
 
-PAPER_TASKS = (
-    "openbookqa",
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "hellaswag",
-    "sciq",
-    "webqs",
-    "race",
-)
+PAPER_TASKS = "openbookqa piqa arc_easy arc_challenge hellaswag sciq webqs race".split()
 """The tasks of the offsite-tuning papers, which report `acc`, and `exact_match` of `webqs`."""
 
 

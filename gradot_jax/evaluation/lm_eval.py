@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gradot_jax.data.examples import eval_batches, padded_examples
-from gradot_jax.data.tokenizer import encode
+from gradot_jax.data.tokenizer import encode, tokens_in_front
 from gradot_jax.errors import InputError
-from gradot_jax.evaluation.greedy import Completion, next_tokens
+from gradot_jax.evaluation.generation import DIVERGED, Completion, complete, padded_length
 from gradot_jax.evaluation.scores import sequence_scores
+from gradot_jax.models.decode import longest_cached
 from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Params
 from gradot_jax.models.partition import shard_params
@@ -32,9 +32,7 @@ OPT's tokenizers put `</s>` in front. The harness's own adapter left it out up t
 asked the tokenizer since; published offsite-tuning results were measured without it.
 """
 
-_SHORTEST = 32
 _MAX_GEN_TOKS = 256
-_DIVERGED = "the model's logits are not numbers, it has diverged or overflows this data type"
 
 
 class _Row(NamedTuple):
@@ -54,14 +52,16 @@ class HarnessModel(TemplateLM):
         config: the model's configuration.
         params: its weights, an assembled emulator's, or a plugged-in model's.
         tokenizer: see `load_tokenizer`.
-        bos: what a prompt begins with. An empty prompt is `bos_token_id` in any case.
+        bos: what a prompt begins with. An empty prompt is `prefix_token_id` in any case.
         batch_size: sequences a batch, rounded up to a multiple of the devices along it.
         max_length: input tokens at most; what the model takes when None.
         mesh: devices to lay weights and batches on.
+        end_ids: each of them ends a generated text; the configuration's when None.
 
     Raises:
-        InputError: when `max_length` exceeds the model's, or the tokenizer adds anything but one
-            token in front.
+        InputError: when `max_length` exceeds the model's, the tokenizer adds anything but one
+            token in front, or the model has neither a token that begins a text nor one that ends
+            it.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class HarnessModel(TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
         mesh: DeviceMesh | None = None,
+        end_ids: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         longest = config.max_position_embeddings
@@ -86,7 +87,10 @@ class HarnessModel(TemplateLM):
         self.params = params if mesh is None else shard_params(params, mesh)
         self.batch_size = -(-batch_size // devices) * devices
         self.max_length = max_length or longest
-        self._start = _tokens_in_front(tokenizer) if bos == "tokenizer" else []
+        self._start = tokens_in_front(tokenizer) if bos == "tokenizer" else []
+        self._end_ids = config.end_token_ids if end_ids is None else end_ids
+        if config.bos_token_id is None and not self._end_ids:
+            raise InputError("the model's configuration has neither bos_token_id nor eos_token_id")
 
     @property
     def bos_token(self) -> int | None:
@@ -95,13 +99,14 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a generated text."""
-        return self.config.eos_token_id
+        """Ends a generated text, the first of those that do."""
+        return self._end_ids[0] if self._end_ids else self.prefix_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands in for an empty prompt."""
-        return self.config.bos_token_id
+        """Stands in for an empty prompt: what begins a text, or else what ends one."""
+        bos = self.config.bos_token_id
+        return self._end_ids[0] if bos is None else bos
 
     @property
     def max_gen_toks(self) -> int:
@@ -190,96 +195,63 @@ class HarnessModel(TemplateLM):
         buckets = defaultdict(list)
         for index, row in enumerate(rows):
             used = len(row.prompt) + len(row.completion) - 1
-            buckets[self._bucket(used)].append(index)
+            buckets[min(padded_length(used), self.max_length)].append(index)
         # The longest first: what does not fit into memory fails at once.
         for length, indices in sorted(buckets.items(), reverse=True):
             examples = padded_examples([rows[index] for index in indices], length)
             for start, batch in enumerate(eval_batches(examples, self.batch_size)):
-                scores = sequence_scores(self.config, self.params, self._put(batch))
-                likelihood, exact, _ = to_host(scores)
+                placed = batch if self.mesh is None else put(batch, self.mesh.batched)
+                likelihood, exact, _ = to_host(sequence_scores(self.config, self.params, placed))
                 here = indices[start * self.batch_size :][: self.batch_size]
                 yield from (
                     (index, (float(likelihood[row]), bool(exact[row])))
                     for row, index in enumerate(here)
                 )
 
-    def _bucket(self, length: int) -> int:
-        """The smallest of the lengths that sequences are padded to which takes `length` tokens."""
-        return min(max(_SHORTEST, 1 << (length - 1).bit_length()), self.max_length)
-
-    def _put(self, batch):
-        return batch if self.mesh is None else put(batch, self.mesh.batched)
-
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy completions, each up to a stop string, the end token or its number of tokens.
-
-        The whole sequence is read anew for every token: meant for short answers.
 
         Raises:
             InputError: when a task asks for samples, or for more tokens than the model takes, or
                 the model's logits are NaN.
         """
         jobs = [self._completion(*request.args) for request in requests]
-        order = sorted(range(len(jobs)), key=lambda index: len(jobs[index].ids))
-        starts = range(0, len(order), self.batch_size)
-        for start in track(starts, "generation", enabled=not disable_tqdm):
-            self._generate([jobs[index] for index in order[start : start + self.batch_size]])
+        complete(
+            self.config,
+            self.params,
+            jobs,
+            batch_size=self.batch_size,
+            mesh=self.mesh,
+            progress=not disable_tqdm,
+        )
         for request, job in zip(requests, jobs, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, job.text)
         return [job.text for job in jobs]
-
-    def _generate(self, jobs: list[Completion]) -> None:
-        while any(not job.done for job in jobs):
-            length = self._bucket(max(len(job.ids) for job in jobs if not job.done))
-            ids = np.zeros((self.batch_size, length), np.int32)
-            counts = np.ones(self.batch_size, np.int32)
-            active = [(row, job) for row, job in enumerate(jobs) if not job.done]
-            for row, job in active:
-                ids[row, : len(job.ids)], counts[row] = job.ids, len(job.ids)
-            inputs = self._put((ids, counts))
-            tokens = to_host(next_tokens(self.config, self.params, *inputs))
-            for row, job in active:
-                if tokens[row] < 0:
-                    text = self.tokenizer.decode(job.ids)[-60:]
-                    raise InputError(f"no token is likeliest after {text!r}: {_DIVERGED}")
-                job.append(int(tokens[row]))
 
     def _completion(self, prompt: str, settings: dict[str, Any]) -> Completion:
         if settings.get("do_sample") or settings.get("temperature"):
             raise InputError(f"the model generates greedily, but the task asks for {settings}")
         asked, until = settings.get("max_gen_toks"), settings.get("until") or []
         count = self.max_gen_toks if asked is None else asked
-        if not 1 <= count < self.max_length:
+        capacity = min(self.max_length, longest_cached(self.config))
+        if not 1 <= count < capacity:
             raise InputError(
-                f"max_gen_toks must lie in [1, {self.max_length}), below the sequence length, "
-                f"got {count}"
+                f"max_gen_toks must lie in [1, {capacity}), below the sequence length, got {count}"
             )
         context = self.tok_encode(prompt) or [self.prefix_token_id]
         return Completion(
-            self._fit(context, self.max_length - count),
+            self._fit(context, capacity - count),
             max_tokens=count,
             until=(until,) if isinstance(until, str) else tuple(until),
-            end_id=self.eot_token_id,
-            decode=self.tokenizer.decode,
+            end_ids=self._end_ids,
+            detokenize=partial(self.tokenizer.decode, clean_up_tokenization_spaces=False),
         )
 
 
 def _check_number(log_likelihood: float, text: str) -> None:
     if math.isnan(log_likelihood):
-        raise InputError(f"the log-likelihood of {text} is NaN: {_DIVERGED}")
+        raise InputError(f"the log-likelihood of {text} is NaN: {DIVERGED}")
 
 
 def _shown(text: str) -> str:
     return repr(text[:60])
-
-
-def _tokens_in_front(tokenizer) -> list[int]:
-    text = "a"
-    plain, whole = encode(tokenizer, text), tokenizer(text).input_ids
-    start = whole[: len(whole) - len(plain)]
-    if whole != start + plain or len(start) > 1:
-        raise InputError(
-            f"the tokenizer makes {whole} of {text!r}, expected {plain} with at most one token in "
-            "front"
-        )
-    return start

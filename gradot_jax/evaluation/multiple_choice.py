@@ -8,6 +8,7 @@ import numpy as np
 
 from gradot_jax.data.examples import choice_examples, eval_batches
 from gradot_jax.data.records import ChoiceRecords, Item, ItemRecords
+from gradot_jax.data.tokenizer import document_start
 from gradot_jax.evaluation.exact_match import ExactMatch, matched
 from gradot_jax.evaluation.scores import sequence_scores
 from gradot_jax.models.family import ModelConfig
@@ -74,7 +75,7 @@ def multiple_choice(
         records: questions with choices.
         batch_size: candidate answers a batch.
         max_length: tokens a row; the model's longest sequence when None.
-        bos: whether every prompt begins with `bos_token_id`.
+        bos: whether every prompt begins with the token of `document_start`.
 
     Raises:
         InputError: when a choice does not fit the length.
@@ -91,34 +92,16 @@ def tokenise(
     max_length: int | None = None,
     bos: bool = True,
 ) -> Questions:
-    """Questions for `choice_accuracy` and `accepted_match`.
-
-    Args:
-        config: the model's configuration.
-        tokenizer: see `load_tokenizer`.
-        records: questions with choices.
-        max_length: tokens a row; the model's longest sequence when None.
-        bos: whether every prompt begins with `bos_token_id`.
-
-    Raises:
-        InputError: when a choice does not fit the length.
-    """
+    """Questions for `choice_accuracy` and `accepted_match`; see `multiple_choice`."""
     length = max_length or config.max_position_embeddings
-    bos_id = config.bos_token_id if bos else None
+    bos_id = document_start(tokenizer, config) if bos else None
     return Questions(records.items, *choice_examples(tokenizer, records, bos_id, length))
 
 
 def choice_accuracy(
     config: ModelConfig, params: Params, questions: Questions, *, batch_size: int
 ) -> MultipleChoice:
-    """`multiple_choice` on questions that are tokenised.
-
-    Args:
-        config: the model's configuration.
-        params: its weights, or an assembled emulator's.
-        questions: see `tokenise`.
-        batch_size: candidate answers a batch.
-    """
+    """`multiple_choice` on questions that are tokenised."""
     plain, normalised, gold, unknown = 0, 0, 0.0, False
     for item, likelihood, _ in _scores(config, params, questions, batch_size):
         # The largest of numbers one of which is NaN would be the first NaN.
@@ -139,13 +122,7 @@ def accepted_match(
     """Share of items of which any accepted continuation is what greedy decoding gives.
 
     Teacher-forced, as in `exact_match`. The log-likelihood is that of the likeliest accepted
-    continuation of each item.
-
-    Args:
-        config: the model's configuration.
-        params: its weights, or an assembled emulator's.
-        questions: see `tokenise`.
-        batch_size: continuations a batch.
+    continuation of each item. Arguments as in `choice_accuracy`.
     """
     matches, gold = 0, 0.0
     for item, likelihood, exact in _scores(config, params, questions, batch_size):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,14 @@ def tree_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-class TensorDigest:
-    """A digest that grows by named arrays, over their float32 bytes.
+def tensors_digest(header: Any, tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Of JSON values, then of named arrays, over their float32 bytes.
 
     Casting from float16 and bfloat16 is exact, so the dtype in which a model was loaded does not
     matter.
-
-    Args:
-        header: JSON values to begin with.
     """
-
-    def __init__(self, header: Any):
-        self._digest = hashlib.sha256(json.dumps(header).encode())
-
-    def update(self, name: str, array: np.ndarray) -> None:
-        """Adds one array."""
-        self._digest.update(json.dumps([name, array.shape]).encode())
-        self._digest.update(np.ascontiguousarray(array, dtype=np.float32))
-
-    def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
-        return self._digest.hexdigest()
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name, array in tensors:
+        digest.update(json.dumps([name, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array, dtype=np.float32))
+    return digest.hexdigest()

@@ -92,10 +92,7 @@ class _Reader:
 
 
 def find_arrays(buffer) -> list[FlaxArray]:
-    """The arrays of a file, in its order.
-
-    Args:
-        buffer: the whole file: bytes, or a mapping of it.
+    """The arrays of a file, given as bytes or as a mapping of it, in its order.
 
     Raises:
         ValueError: when the file is damaged, truncated or overlong, or holds anything but maps

@@ -10,26 +10,14 @@ import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.flax_msgpack import find_arrays
+from gradot_jax.files.pages import release_pages
 from gradot_jax.files.safetensors import TensorSpec, check_finite, copy_finite, read_layout
-
-
-class MappedFile(NamedTuple):
-    """A file and its mapping."""
-
-    path: Path
-    memory: mmap.mmap
-
-    def release(self) -> None:
-        """Lets go of the pages read so far; they are read again if they are looked at again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +25,7 @@ class StoredTensor:
     """A tensor in a mapped file; a leaf in trees of JAX.
 
     Attributes:
-        file: where it is.
+        path: of the file.
         name: what it is called in messages.
         shape: its shape; of a transposed tensor, that after the transposition.
         dtype: as stored.
@@ -46,7 +34,7 @@ class StoredTensor:
         transposed: whether rows of this tensor are columns of the stored one.
     """
 
-    file: MappedFile
+    path: Path
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -73,8 +61,8 @@ class StoredTensor:
     def check_finite(self) -> None:
         """Raises InputError when it holds NaN or an infinite number."""
         for piece in self.pieces:
-            check_finite(str(self.file.path), self.name, piece)
-        self.file.release()
+            check_finite(str(self.path), self.name, piece)
+        release_pages(self.pieces)
 
     def read_into(self, target: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """Copies a part of the tensor, cast to the target's dtype.
@@ -82,8 +70,8 @@ class StoredTensor:
         Raises:
             InputError: when a number is not finite, before or after the cast.
         """
-        copy_finite(str(self.file.path), self.name, self.array[index], target)
-        self.file.release()
+        copy_finite(str(self.path), self.name, self.array[index], target)
+        release_pages(self.pieces)
 
 
 def map_safetensors(path: Path) -> list[StoredTensor]:
@@ -93,9 +81,9 @@ def map_safetensors(path: Path) -> list[StoredTensor]:
         InputError: when the file is absent or damaged.
     """
     layout = read_layout(path)
-    file = _map(path)
+    memory = _map(path)
     return [
-        _stored(file, name, spec, [(offset, math.prod(spec.shape))])
+        _stored(path, memory, name, spec, [(offset, math.prod(spec.shape))])
         for name, (spec, offset) in layout.items()
     ]
 
@@ -107,24 +95,24 @@ def map_flax(path: Path) -> list[StoredTensor]:
         InputError: when the file is absent or damaged, or holds anything else.
     """
     try:
-        file = _map(path)
-        found = find_arrays(file.memory)
+        memory = _map(path)
+        found = find_arrays(memory)
     except ValueError as error:
         raise InputError(f"{path}: damaged or truncated Flax msgpack file: {error}") from None
-    return [_stored(file, *array) for array in found]
+    return [_stored(path, memory, *array) for array in found]
 
 
-def _map(path: Path) -> MappedFile:
+def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            return MappedFile(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _stored(
-    file: MappedFile, name: str, spec: TensorSpec, pieces: Sequence[tuple[int, int]]
+    path: Path, memory: mmap.mmap, name: str, spec: TensorSpec, pieces: Sequence[tuple[int, int]]
 ) -> StoredTensor:
     dtype = jnp.dtype(spec.dtype)
-    views = (np.ndarray((count,), dtype, file.memory, offset) for offset, count in pieces)
-    return StoredTensor(file, name, spec.shape, dtype, tuple(views))
+    views = (np.ndarray((count,), dtype, memory, offset) for offset, count in pieces)
+    return StoredTensor(path, name, spec.shape, dtype, tuple(views))

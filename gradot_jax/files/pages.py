@@ -7,7 +7,7 @@ import numpy as np
 
 
 def release_pages(arrays: Iterable[np.ndarray]) -> None:
-    """Lets go of the pages of those arrays that are views of mapped files, as `release` does."""
+    """Lets go of the pages of arrays that are views of mapped files; a look reads them again."""
     mappings = {id(m): m for array in arrays if (m := _mapping(array)) is not None}
     if hasattr(mmap, "MADV_DONTNEED"):
         for mapping in mappings.values():

@@ -179,16 +179,9 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def read_tensors(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Collection[str] = FLOATS,
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Collection[str] = FLOATS
 ) -> dict[str, np.ndarray]:
-    """Reads a file that must hold exactly the expected tensors, all finite.
-
-    Args:
-        path: the file.
-        shapes: expected shape of every tensor, by name.
-        dtypes: names of the dtypes allowed.
+    """Reads a file that must hold exactly tensors of these names and shapes, all finite.
 
     Raises:
         InputError: as `read_specs`, `check_specs` and `check_finite`; shapes are compared before
@@ -267,6 +260,36 @@ def copy_finite(where: str, name: str, source: np.ndarray, target: np.ndarray) -
                 f"{where}: tensor {name} holds numbers out of the range of {target.dtype}; "
                 "choose bfloat16 or float32"
             )
+
+
+def cast_finite(where: str, name: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """A copy in another dtype; InputError as `copy_finite`."""
+    target = np.empty(array.shape, jnp.dtype(dtype))
+    copy_finite(where, name, array, target)
+    return target
+
+
+def fitting_tensors(
+    where: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, DTypeLike],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors as they come, if they are exactly those of some shapes, each cast to its dtype.
+
+    Raises:
+        InputError: for a name or shape that differs, or a number not finite in its dtype.
+    """
+    left = dict(shapes)
+    for name, array in tensors:
+        shape = left.pop(name, None)
+        if shape != array.shape:
+            raise InputError(
+                f"{where}: tensor {name} has shape {array.shape}, the config asks for {shape}"
+            )
+        yield name, cast_finite(where, name, array, dtypes.get(name, array.dtype))
+    if left:
+        raise InputError(f"{where}: the weights lack {', '.join(sorted(left)[:8])}")
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:

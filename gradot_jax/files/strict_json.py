@@ -11,11 +11,7 @@ MAX_BYTES = 16 * 2**20
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
-
-    Args:
-        path: the file.
-        max_bytes: refuse a larger file before reading it.
+    """Reads a file that holds one JSON object, of at most so many bytes.
 
     Raises:
         InputError: when the file is absent or too large, or for what `parse_json` refuses.
@@ -31,11 +27,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """Parses one JSON object.
-
-    Args:
-        text: UTF-8.
-        where: names the source in errors.
+    """Parses one JSON object, in UTF-8; `where` names the source in errors.
 
     Raises:
         InputError: for anything but an object, a repeated key, NaN or an infinite number, nesting

@@ -5,6 +5,7 @@ twice. With k block rows `(k + 1) / 2k` of it is done, and as much of the memory
 until `symmetric` mirrors the rest.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -25,20 +26,16 @@ class Gram(NamedTuple):
     rows: tuple[jax.Array, ...]
 
 
-def _starts(width: int) -> list[int]:
+def _bounds(width: int) -> list[tuple[int, int]]:
     # Eight blocks leave 9/16 of the arithmetic; thinner ones starve the units that multiply.
     tiles = -(-width // (_BLOCKS * _TILE))
-    return list(range(0, width, tiles * _TILE))
+    return list(pairwise([*range(0, width, tiles * _TILE), width]))
 
 
 def zero_gram(width: int) -> Gram:
     """The zero matrix `[D, D]`."""
-    starts = _starts(width)
-    stops = [*starts[1:], width]
-    pairs = zip(starts, stops, strict=True)
-    return Gram(
-        tuple(jnp.zeros((stop - start, width - start), jnp.float32) for start, stop in pairs)
-    )
+    shapes = [(stop - start, width - start) for start, stop in _bounds(width)]
+    return Gram(tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
 
 def gram(x: jax.Array, weights: jax.Array | None = None) -> Gram:
@@ -48,10 +45,7 @@ def gram(x: jax.Array, weights: jax.Array | None = None) -> Gram:
         x: `[N, D]`.
         weights: `[N]`; None for ones.
     """
-    width = x.shape[1]
     weighted = x if weights is None else x * weights[:, None].astype(x.dtype)
-    starts = _starts(width)
-    stops = [*starts[1:], width]
     return Gram(
         tuple(
             jax.lax.dot_general(
@@ -61,7 +55,7 @@ def gram(x: jax.Array, weights: jax.Array | None = None) -> Gram:
                 precision=jax.lax.Precision.HIGHEST,
                 preferred_element_type=jnp.float32,
             )
-            for start, stop in zip(starts, stops, strict=True)
+            for start, stop in _bounds(x.shape[1])
         )
     )
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from gradot_jax.curvature.tap import BlockTaps, zero_taps
+from gradot_jax.curvature.tap import zero_taps
 from gradot_jax.memory.forecast import forecast
 from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.models.family import ModelConfig, channel_count
@@ -235,11 +235,8 @@ def _sums(config, options: CompressionOptions, computed: int, model: int) -> int
         )
     )
     gradient = _gradient(config, computed, model) if options.reads_gradient else 0
-    return 4 * _gram_entries(taps) * _FLOAT32 + gradient
-
-
-def _gram_entries(taps: BlockTaps) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(taps) if leaf.ndim == 2)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(taps) if leaf.ndim == 2)
+    return 4 * entries * _FLOAT32 + gradient
 
 
 def _factors(config, options: CompressionOptions) -> int:
@@ -318,10 +315,9 @@ def _sharded(tree, data: int, model: int) -> int:
     """Parameters of a tree that the fullest device holds."""
     specs = partition_specs(tree, data=data, model=model)
     sizes = {"data": data, "model": model}
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
 
     def part(spec: PartitionSpec, leaf) -> int:
         axes = [name for axis in spec for name in (axis if isinstance(axis, tuple) else (axis,))]
         return leaf.size // math.prod(sizes.get(name, 1) for name in axes)
 
-    return sum(jax.tree.leaves(jax.tree.map(part, specs, tree, is_leaf=is_spec)))
+    return sum(jax.tree.leaves(jax.tree.map(part, specs, tree)))

@@ -1,15 +1,14 @@
 """What a compression will store, known before it starts: shapes, parameters and bytes."""
 
 import dataclasses
-import math
 
 from gradot_jax.compression.plan import HarmonizerShape, LayerShape, Plan
 from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.split import AdapterSpec
 from gradot_jax.models.tensors import (
-    Schema,
     adapter_schema,
+    count_all,
     count_kernels,
     layer_schema,
     middle_schema,
@@ -53,11 +52,6 @@ class Forecast:
 def forecast(config: ModelConfig, split: AdapterSpec, options: CompressionOptions) -> Forecast:
     """Sizes that a compression will yield.
 
-    Args:
-        config: of the model.
-        split: which blocks are the adapter.
-        options: how to compress.
-
     Raises:
         InputError: for a split without a middle, or a budget that cannot be met.
     """
@@ -68,12 +62,12 @@ def forecast(config: ModelConfig, split: AdapterSpec, options: CompressionOption
     middle = {name: shape for name, shape in whole.items() if name not in outer}
     return Forecast(
         shapes=stored.shapes,
-        middle=_size(middle),
+        middle=count_all(middle),
         middle_kernels=count_kernels(middle),
-        kept=_size(kept),
+        kept=count_all(kept),
         kept_kernels=count_kernels(kept),
-        unchanged=_size(outer),
-        original=_size(whole),
+        unchanged=count_all(outer),
+        original=count_all(whole),
         trained=stored.trained,
     )
 
@@ -87,7 +81,3 @@ def kernel_parameters(config: ModelConfig, plan: Plan) -> tuple[int, int]:
     block = count_kernels(layer_schema(config.family.block_shapes(config)))
     kept = count_kernels(middle_schema(config, plan.emulator.shapes))
     return kept, (config.num_hidden_layers - split.num_blocks) * block
-
-
-def _size(schema: Schema) -> int:
-    return sum(math.prod(shape) for shape in schema.values())

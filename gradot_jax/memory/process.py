@@ -14,10 +14,7 @@ def peak_rss_bytes() -> int:
 
 
 def process_memory(pid: int | str = "self") -> dict[str, int]:
-    """What Linux says of a process's memory.
-
-    Args:
-        pid: number of the process, or `self` for this one.
+    """What Linux says of the memory of a process, or of this one.
 
     Returns:
         Bytes by the names of `/proc/PID/status`, such as `VmRSS`; empty when the process is gone,

@@ -151,10 +151,7 @@ def uniform_layer_counts(
 def layer_orders(terms: LayerTerms, attention: float, mlp: float) -> LayerOrders:
     """Orders of keeping within a layer, by scores whose terms are scaled within each matrix.
 
-    Args:
-        terms: of the layer.
-        attention: lambda of the components.
-        mlp: lambda of the channels.
+    `attention` and `mlp` are the lambdas of components and of channels.
     """
     orders = {
         site: keep_order(combine(own, attention), _floor(own.hessian.shape[-1]))

@@ -12,7 +12,7 @@ from gradot_jax.errors import InputError
 from gradot_jax.methods.allocation import kind_budgets, layer_pools
 from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.methods.problem import Problem
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import Params
 from gradot_jax.models.split import AdapterSpec, adapter_of
 from gradot_jax.nn.batch import Batch
@@ -130,6 +130,8 @@ def run_compression(
     split = outcome.split or split
     adapter = adapter_of(params, split)
     emulator = build_emulator(params.shell, adapter, outcome.blocks, outcome.layer_map)
+    # Refuses a model whose layers attend differently, and of which some are gone.
+    attention_windows(config, emulator.assemble().num_layers)
     attention_budget, mlp_budget = _budgets(config, options)
     plan = Plan(
         method=options.method,

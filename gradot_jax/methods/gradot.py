@@ -33,11 +33,7 @@ from gradot_jax.methods.scored import (
 from gradot_jax.nn.layout import Layout
 from gradot_jax.parallel import DeviceMesh
 
-_COMPONENT_TERMS = {
-    "l1": component_terms,
-    "quadratic": quadratic_terms,
-    "whitened": whitened_terms,
-}
+_COMPONENT_TERMS = {"l1": component_terms, "quadratic": quadratic_terms, "whitened": whitened_terms}
 
 
 def compress(problem: Problem) -> Outcome:

@@ -21,7 +21,7 @@ import optax
 
 from gradot_jax.files.digest import tree_digest
 from gradot_jax.methods import layer_drop
-from gradot_jax.methods.options import CompressionOptions, DistillationOptions
+from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.methods.problem import Outcome, Problem
 from gradot_jax.methods.table import Stored
 from gradot_jax.models.family import ModelConfig
@@ -35,7 +35,7 @@ from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.parallel import DeviceMesh
 from gradot_jax.training.adapter import descend
 from gradot_jax.training.loop import StepMetrics, Trained, run_training
-from gradot_jax.training.optimizer import current_learning_rate, make_optimizer
+from gradot_jax.training.optimizer import current_learning_rate, shared_optimizer
 from gradot_jax.training.public_text import hold_out, shuffled_epochs
 
 
@@ -122,12 +122,14 @@ def distillation_sums(
     """
     mask, adapter = batch.attention_mask, original.adapter
     shell = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), original.shell)
-    inputs = run_blocks(
-        config, (adapter.bottom,), embed(config, shell, batch.input_ids, mask), mask
-    )
-    wanted = run_blocks(config, original.middle, inputs, mask)
-    outputs = run_blocks(config, (student,), inputs, mask)
-    logits = head(config, shell, run_blocks(config, (adapter.top,), outputs, mask))
+    bottom, top = adapter.split.num_bottom, adapter.split.num_top
+    whole, small = config.num_hidden_layers, bottom + depth(student) + top
+    embedded = embed(config, shell, batch.input_ids, mask)
+    inputs = run_blocks(config, (adapter.bottom,), embedded, mask, num_layers=whole)
+    wanted = run_blocks(config, original.middle, inputs, mask, first=bottom, num_layers=whole)
+    outputs = run_blocks(config, (student,), inputs, mask, first=bottom, num_layers=small)
+    after = run_blocks(config, (adapter.top,), outputs, mask, first=whole - top, num_layers=whole)
+    logits = head(config, shell, after)
     counted = batch.loss_mask.astype(jnp.float32)
     real = mask.astype(jnp.float32)[..., None]
     return DistillationSums(
@@ -171,7 +173,13 @@ def _distil(
     held_out: Sequence[Batch],
 ) -> Trained:
     config, mesh, options = problem.config, problem.mesh, problem.options.distillation
-    optimizer = _optimizer(options)
+    optimizer = shared_optimizer(
+        learning_rate=options.learning_rate,
+        num_steps=options.steps,
+        warmup_steps=options.warmup_steps,
+        schedule="cosine",
+        weight_decay=options.weight_decay,
+    )
     copy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), student)
     state = place(DistillationState(copy, optimizer.init(copy)), mesh)
     weights = options.lm_weight, options.kd_weight
@@ -191,30 +199,14 @@ def _distil(
         num_steps=options.steps,
         keep=lambda state: state.student,
         validate=validate if held_out else None,
-        evaluate_every=_evaluate_every(options.steps),
+        # The authors' 100 steps, or a fifth of a short run.
+        evaluate_every=min(100, max(options.steps // 5, 1)),
         checkpoints=checkpoints,
         identity=None if checkpoints is None else _identity(problem),
         resume=checkpoints is not None,
         progress=problem.progress,
         description="distillation",
     )
-
-
-@functools.cache
-def _optimizer(options: DistillationOptions) -> optax.GradientTransformation:
-    """One object per options, so that equal runs share a compiled step."""
-    return make_optimizer(
-        learning_rate=options.learning_rate,
-        num_steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        schedule="cosine",
-        weight_decay=options.weight_decay,
-    )
-
-
-def _evaluate_every(steps: int) -> int:
-    """The authors' 100 steps, or a fifth of a short run."""
-    return min(100, max(steps // 5, 1))
 
 
 def _measure(

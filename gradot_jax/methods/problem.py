@@ -79,12 +79,7 @@ class Outcome:
 
 
 def whole_layer(config: ModelConfig, layer: int) -> LayerPlan:
-    """The plan of a block that is kept as it is.
-
-    Args:
-        config: of the model.
-        layer: index in the full model.
-    """
+    """The plan of a block that is kept as it is; `layer` is its index in the full model."""
     components = tuple((site, None) for site in config.family.layout.low_rank)
     channels = tuple(range(channel_count(config)))
     return LayerPlan(layer=layer, components=components, channels=channels)

@@ -14,18 +14,12 @@ def compress(problem: Problem) -> Outcome:
 
 
 def random_rule(seed: int, layer: int) -> ScoringRule:
-    """Uniform scores.
-
-    Args:
-        seed: of the draw.
-        layer: index of the layer; each has a draw of its own.
-    """
+    """Uniform scores; each layer, by its index, has a draw of its own."""
 
     def terms(layout: Layout, maps: Maps, parts: Parts, factors: Factors | None) -> LayerTerms:
         del factors
-        of_components, of_channels = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), layer)
-        )
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        of_components, of_channels = jax.random.split(key)
         sizes = {site: parts[site].values.shape[0] for site in layout.low_rank}
         drawn = jax.random.uniform(of_components, (len(sizes), max(sizes.values())))
         components = {s: row[:n] for row, (s, n) in zip(drawn, sizes.items(), strict=True)}

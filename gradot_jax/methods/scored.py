@@ -106,11 +106,7 @@ def decompose_layers(
 ) -> list[Parts]:
     """Components of each low-rank site of some layers, all kernels of equal shape in one batch.
 
-    Args:
-        blocks: of equal shapes.
-        factors: of the same layers; None for a rule that reads none.
-        rule: how.
-        mesh: devices to spread the decompositions over.
+    Blocks are of equal shapes; their factors are None for a rule that reads none.
 
     Raises:
         ValueError: as `ScoringRule.decompose`.
@@ -158,11 +154,7 @@ def shrink_layers(problem: Problem, rule_of: Callable[[int], ScoringRule]) -> Ou
     """Sweeps, scores and cuts every middle layer; uniform allocation cuts as it goes.
 
     A layer that is done leaves the devices. In `problem.checkpoints` it outlives the process; a
-    compression that goes on only passes through it.
-
-    Args:
-        problem: what to compress.
-        rule_of: the rule for a layer, by its index in the middle.
+    compression that goes on only passes through it. `rule_of` takes an index in the middle.
 
     Raises:
         InputError: for a split that is no sandwich, a budget that cannot be met, unfit calibration,
@@ -175,12 +167,10 @@ def shrink_layers(problem: Problem, rule_of: Callable[[int], ScoringRule]) -> Ou
     counts = uniform_layer_counts(pools, options, num_layers)
     store = _open_store(problem)
     finished = store.finished
-    calibration, sweep = _sweep(problem, finished)
-    batched = _BatchedDecompositions(
-        problem, [i for i in reversed(range(num_layers)) if i not in finished]
-    )
-    remaining = num_layers - len(finished)
-    for layer, factors in track(sweep, "layers", total=remaining, enabled=problem.progress):
+    left = [layer for layer in reversed(range(num_layers)) if layer not in finished]
+    calibration, sweep = _sweep(problem, finished, left)
+    batched = _BatchedDecompositions(problem, left)
+    for layer, factors in track(sweep, "layers", total=len(left), enabled=problem.progress):
         candidate = _propose(problem, layer, factors, rule_of(layer), batched)
         if factors is not None:
             # Whoever still holds the dictionary must not hold the factors while the next are made.
@@ -233,11 +223,10 @@ def _open_store(problem: Problem) -> LayerStore:
 
 
 def _sweep(
-    problem: Problem, finished: set[int]
+    problem: Problem, finished: set[int], left: list[int]
 ) -> tuple[dict[str, Any], Iterator[tuple[int, Factors | None]]]:
     """A record of the calibration; and the layers that are left with their factors."""
     options, batches = problem.options, problem.batches
-    left = [layer for layer in reversed(range(len(problem.middle))) if layer not in finished]
     if options.calibrates == "nothing" or not left:
         return {}, ((layer, None) for layer in left)
     model = problem.config, problem.params, problem.split
@@ -323,8 +312,7 @@ def _propose(
             s: KroneckerFactors(f.input_covariance, f.input_mean, None, None)
             for s, f in own.items()
         }
-    candidate = candidate._replace(factors=kept)
-    candidate = candidate._replace(terms=to_host(candidate.terms))
+    candidate = candidate._replace(factors=kept, terms=to_host(candidate.terms))
     _check_finite(number, candidate.terms)
     return candidate if problem.mesh is None else to_host(candidate)
 

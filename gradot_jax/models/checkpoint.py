@@ -6,6 +6,7 @@ the host holds one of them beside what the devices share with it; or it stays in
 
 import dataclasses
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,14 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder, regular_file
 from gradot_jax.files.mapped import StoredTensor
-from gradot_jax.files.safetensors import check_specs, copy_finite, float_dtype, write_tensors
+from gradot_jax.files.pages import release_pages
+from gradot_jax.files.safetensors import check_specs, fitting_tensors, float_dtype, write_tensors
 from gradot_jax.files.strict_json import read_json, write_json
+from gradot_jax.models.config_values import ConfigValues
 from gradot_jax.models.families import read_config
 from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Params
@@ -67,7 +71,8 @@ def load_model(
     Args:
         path_or_hub_id: a folder, or the id of a repository on the Hugging Face Hub.
         mesh: where to lay the weights; None for the default device.
-        dtype: float32, float16 or bfloat16; None keeps that of the file.
+        dtype: float32, float16 or bfloat16; None keeps that of each tensor, or where layers differ
+            in it the least that holds all.
         revision: branch, tag or commit on the Hub.
         memory_map: leave the weights in the file, in its dtype. The arrays are read-only numpy
             views of it and every block is a segment of its own; `mesh` and `dtype` play no part.
@@ -83,9 +88,9 @@ def load_model(
     config = load_config(folder)
     files = open_weights(folder, config.family.canonical_name)
     tensors = _checked_tensors(str(folder), config, files)
-    target = _one_dtype(str(folder), tensors, None if memory_map else dtype)
     if memory_map:
         return config, _map_params(config, tensors)
+    target = None if dtype is None else float_dtype(dtype)
     return config, _place_params(config, tensors, target, mesh)
 
 
@@ -97,6 +102,22 @@ def load_config(folder: Path) -> ModelConfig:
     """
     file = regular_file(folder, "config.json")
     return read_config(read_json(file, max_bytes=_CONFIG_BYTES), str(file))
+
+
+def end_tokens(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Each of them ends a text that is generated: `generation_config.json`'s, or else the model's.
+
+    Raises:
+        InputError: when that file cannot be read, or names a token outside the vocabulary.
+    """
+    if not os.path.lexists(folder / "generation_config.json"):
+        return config.end_token_ids
+    file = regular_file(folder, "generation_config.json")
+    values = ConfigValues(read_json(file, max_bytes=_CONFIG_BYTES), str(file))
+    ends = values.tokens("eos_token_id") or config.end_token_ids
+    if max(ends, default=0) >= config.vocab_size:
+        raise values.refused("eos_token_id", f"tokens of the vocabulary of {config.vocab_size}")
+    return ends
 
 
 def _checked_tensors(
@@ -127,22 +148,12 @@ def _checked_tensors(
 def _check_same(where: str, head: StoredTensor, embedding: StoredTensor) -> None:
     rows = zip(head.array, embedding.array, strict=True)
     same = all(np.array_equal(one, other) for one, other in rows)
-    head.file.release()
-    embedding.file.release()
+    release_pages([*head.pieces, *embedding.pieces])
     if not same:
         raise InputError(
             f"{where}: config.json ties the head to the token embedding, but "
             f"{head.name} differs from it; set tie_word_embeddings to false if it is meant to"
         )
-
-
-def _one_dtype(where: str, tensors: dict[str, StoredTensor], dtype: DTypeLike | None) -> np.dtype:
-    if dtype is not None:
-        return float_dtype(dtype)
-    stored = sorted({tensor.dtype.name for tensor in tensors.values()})
-    if len(stored) > 1:
-        raise InputError(f"{where}: the weights mix {' and '.join(stored)}; choose one dtype")
-    return float_dtype(stored[0])
 
 
 def save_model(
@@ -179,31 +190,24 @@ def save_model(
             f"{path}: the config says {config.num_hidden_layers} layers, the weights have "
             f"{params.num_layers}"
         )
-    stored = (target or params.shell.embed_tokens.dtype).name
+    own, values = {leaf.dtype for leaf in jax.tree.leaves(params)}, config.to_hf()
+    stored = (target or jnp.result_type(*own)).name
+    if target is None and len(own) > 1:
+        # What the original's file says of its mixture.
+        stored = values.get("dtype") or values.get("torch_dtype") or stored
+    schema = model_schema(config)
+    dtypes = {} if target is None else dict.fromkeys(schema, target)
+    tensors = fitting_tensors(str(path), params_to_tensors(config, params), schema, dtypes)
     with output_folder(path, overwrite=overwrite) as folder:
-        _write_shards(folder, _fitting_tensors(str(path), config, params, target), max_shard_bytes)
-        write_json(folder / "config.json", {**config.to_hf(), "dtype": stored})
-        tokens = {f"{t}_token_id": getattr(config, f"{t}_token_id") for t in ("bos", "eos", "pad")}
+        _write_shards(folder, tensors, max_shard_bytes)
+        named = dict.fromkeys({"dtype", *({"torch_dtype"} & values.keys())}, stored)
+        write_json(folder / "config.json", {**values, **named})
+        ends = config.end_token_ids
+        tokens = {"bos_token_id": config.bos_token_id, "pad_token_id": values.get("pad_token_id")}
+        tokens["eos_token_id"] = list(ends) if len(ends) > 1 else next(iter(ends), None)
         write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
         for file in copied:
             shutil.copyfile(file, folder / file.name)
-
-
-def _fitting_tensors(
-    where: str, config: ModelConfig, params: Params, dtype: np.dtype | None
-) -> Iterator[tuple[str, np.ndarray]]:
-    schema = model_schema(config)
-    for name, array in params_to_tensors(config, params):
-        shape = schema.pop(name, None)
-        if shape != array.shape:
-            raise InputError(
-                f"{where}: tensor {name} has shape {array.shape}, the config asks for {shape}"
-            )
-        stored = np.empty(array.shape, dtype or array.dtype)
-        copy_finite(where, name, array, stored)
-        yield name, stored
-    if schema:
-        raise InputError(f"{where}: the weights lack {', '.join(sorted(schema))}")
 
 
 def _write_shards(
@@ -255,6 +259,11 @@ class _Leaf:
         single = self.tensors[0].shape
         return (len(self.tensors), *single) if self.stacked else single
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The least that holds every tensor exactly."""
+        return jnp.result_type(*{tensor.dtype for tensor in self.tensors})
+
     def read(self, dtype: np.dtype, index: Index) -> np.ndarray:
         layers, rest = (index[0], index[1:]) if self.stacked else (slice(None), index)
         tensors = self.tensors[layers]
@@ -271,15 +280,7 @@ class _Leaf:
 
 
 def _map_params(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Params:
-    """The weights as read-only views of the file; every block is a segment of depth one.
-
-    Args:
-        config: the model's configuration.
-        tensors: those of `model_schema`, by name.
-
-    Raises:
-        InputError: when a tensor holds a number that is not finite.
-    """
+    """The weights as read-only views of the file; every block is a segment of depth one."""
 
     def view(leaf: _Leaf) -> np.ndarray:
         (tensor,) = leaf.tensors
@@ -294,20 +295,10 @@ def _map_params(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Par
 def _place_params(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
-    dtype: np.dtype,
+    dtype: np.dtype | None,
     mesh: DeviceMesh | None = None,
 ) -> Params:
-    """The weights on their devices, all blocks in one segment.
-
-    Args:
-        config: the model's configuration.
-        tensors: those of `model_schema`, by name.
-        dtype: of the weights.
-        mesh: where they lie; None for the default device.
-
-    Raises:
-        InputError: when a number is not finite, before or after the cast.
-    """
+    """The weights on their devices, in a dtype or each its own; all blocks in one segment."""
     shell, blocks = _layers(config, tensors)
     stack = jax.tree.map(lambda *layers: _Leaf(layers, True), *blocks)
     leaves = Params(shell, (stack,))
@@ -322,7 +313,8 @@ def _layers(config: ModelConfig, tensors: Mapping[str, StoredTensor]):
     return shell, [block_from_tensors(config, tensors, layer_prefix(config, i)) for i in layers]
 
 
-def _place(dtype: np.dtype, leaf: _Leaf, sharding: jax.sharding.Sharding | None = None):
+def _place(dtype: np.dtype | None, leaf: _Leaf, sharding: jax.sharding.Sharding | None = None):
+    dtype = leaf.dtype if dtype is None else dtype
     if sharding is None:
         placed = jax.device_put(leaf.read(dtype, (slice(None),) * len(leaf.shape)))
     else:

@@ -4,24 +4,21 @@ from typing import Any
 
 from gradot_jax.errors import InputError
 from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.llama import LLAMA
 from gradot_jax.models.opt import OPT
 
-FAMILIES = (OPT,)
+FAMILIES = (OPT, LLAMA)
 
 
 def read_config(values: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """The configuration of a model of whatever family, from the contents of a `config.json`.
-
-    Args:
-        values: parsed JSON.
-        where: the file, for messages.
 
     Raises:
         InputError: for a family that is not read, or a value of the wrong type or range.
     """
     model_type = values.get("model_type")
     for family in FAMILIES:
-        if family.name == model_type:
+        if model_type in family.model_types:
             return family.read_config(values, where)
-    known = ", ".join(repr(family.name) for family in FAMILIES)
+    known = ", ".join(repr(name) for family in FAMILIES for name in family.model_types)
     raise InputError(f"{where}: model_type is {model_type!r:.80}, expected {known}")

@@ -1,6 +1,7 @@
 """A model's parameters as a pytree, and the tree surgery on its stacks of blocks."""
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -63,6 +64,13 @@ def slice_blocks(stack: Block, start: int, stop: int) -> Block:
     return jax.tree.map(lambda leaf: leaf[start:stop], stack)
 
 
+def slice_places(segment: Segment, start: int, stop: int) -> Segment:
+    """The layers that run at places start..stop-1 of a segment."""
+    if isinstance(segment, Shared):
+        return segment.replace(order=segment.order[start:stop])
+    return slice_blocks(segment, start, stop)
+
+
 def take_blocks(stack: Block, indices: Sequence[int]) -> Block:
     """The blocks of a stack at some indices, as a stack."""
     return jax.tree.map(lambda leaf: leaf[np.asarray(indices, np.int32)], stack)
@@ -107,8 +115,9 @@ def stack_blocks(blocks: Sequence[Layer]) -> Layer:
 
     def stack(*leaves):
         # What is on the host is stacked there: on a device each shape is a program to compile.
-        on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
-        return jnp.asarray(np.stack(leaves)) if on_host else jnp.stack(leaves)
+        if not all(isinstance(leaf, np.ndarray) for leaf in leaves):
+            return jnp.stack(leaves)
+        return jnp.asarray(np.stack(_of_one_dtype(leaves)))
 
     return jax.tree.map(stack, *blocks)
 
@@ -118,29 +127,25 @@ def concatenate_blocks(stacks: Sequence[Segment]) -> Block:
 
     def join(*leaves):
         if all(isinstance(leaf, np.ndarray) for leaf in leaves):
-            return leaves[0] if len(leaves) == 1 else np.concatenate(leaves)
+            return leaves[0] if len(leaves) == 1 else np.concatenate(_of_one_dtype(leaves))
         return jnp.concatenate(leaves)
 
     return jax.tree.map(join, *stacks)
 
 
-def segment_blocks(blocks: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Stacks each run of consecutive layers of equal shape.
+def _of_one_dtype(leaves: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The same arrays in the least dtype that holds all exactly; numpy knows none for halves."""
+    dtype = jnp.result_type(*{leaf.dtype for leaf in leaves})
+    return [leaf.astype(dtype, copy=False) for leaf in leaves]
 
-    Args:
-        blocks: single layers of one model, in depth order.
-    """
+
+def segment_blocks(blocks: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Stacks each run of consecutive layers of equal shape, given singly and in depth order."""
 
     def kind(block: Layer) -> Layer:
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), block)
 
-    runs: list[list[Layer]] = []
-    for block in blocks:
-        if runs and kind(block) == kind(runs[-1][0]):
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return tuple(map(stack_blocks, runs))
+    return tuple(stack_blocks(list(run)) for _, run in groupby(blocks, kind))
 
 
 def count_params(tree) -> int:
@@ -153,17 +158,13 @@ def merge_segments(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
     Shared blocks stay apart; a stack that is joined with no other is taken as it is.
     """
-    runs: list[list[Segment]] = []
-    for segment in segments:
-        joins = runs and not isinstance(segment, Shared) and _kind(segment) == _kind(runs[-1][-1])
-        if joins:
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
+    runs = [list(run) for _, run in groupby(segments, _kind)]
     return tuple(run[0] if len(run) == 1 else concatenate_blocks(run) for run in runs)
 
 
 def _kind(segment: Segment):
+    if isinstance(segment, Shared):
+        return object()  # Equal to no other.
     leaves, structure = jax.tree.flatten(segment)
     return structure, [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
 

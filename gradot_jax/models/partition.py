@@ -1,14 +1,17 @@
 """How the weights of a model lie on a mesh, decided by its layout and the path of each parameter.
 
 Along `model`, the usual tensor parallelism: a site is split by column or by row as its layout says,
-so that a block needs one all-reduce per half; the token embedding and the head are split by
-vocabulary. Along `data`, every matrix is split on its other axis (ZeRO stage 3), and with it the
-moments that an optimiser keeps of it; a layer's weights are gathered as it runs and their gradient
-is scattered. Vectors, and whatever an axis does not divide, are whole.
+so that a block needs one all-reduce per half, a site of heads by whole heads (`Site.of_heads`); the
+token embedding and the head are split by vocabulary. Along `data`, every matrix is split on its
+other axis (ZeRO stage 3), and with it the moments that an optimiser keeps of it; a layer's weights
+are gathered as it runs and their gradient is scattered. Vectors, and whatever an axis does not
+divide, are whole.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.layout import is_block
 from gradot_jax.parallel import DeviceMesh, put, row_spec
+
+_log = logging.getLogger(__name__)
 
 # The axis, counted from the end, that lies along `model`, by the fields of a site.
 _AXES = {
@@ -46,8 +51,7 @@ def partition_specs(tree, *, data: int, model: int):
 def param_shardings(tree, mesh: DeviceMesh):
     """The sharding on a mesh of each leaf of a tree of parameters; see `partition_specs`."""
     specs = partition_specs(tree, **mesh.mesh.shape)
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
-    return jax.tree.map(lambda spec: NamedSharding(mesh.mesh, spec), specs, is_leaf=is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh.mesh, spec), specs)
 
 
 def shard_params(tree, mesh: DeviceMesh):
@@ -84,7 +88,7 @@ def gather_over_data(tree):
     and spread the products over `data`. Weights that lie on no mesh are as they were.
     """
 
-    def gather(field: str, split: int | None, leaf):
+    def gather(field: str, split: _Split, leaf):
         mesh = jax.typeof(leaf).sharding.mesh
         sizes = mesh.shape
         if sizes.get("data", 1) == 1:
@@ -111,34 +115,60 @@ def factor_sharding(shape: Sequence[int], mesh: DeviceMesh) -> NamedSharding:
     return NamedSharding(mesh.mesh, row_spec(shape, mesh.mesh.shape))
 
 
-def _map_split(function: Callable[[str, int | None, Any], Any], tree):
-    """Maps `(field, axis along model or None, leaf)` over a tree that may hold blocks anywhere."""
+class _Split(NamedTuple):
+    """How a leaf is split along `model`.
+
+    Attributes:
+        axis: counted from the end, or None for not at all.
+        site: that it belongs to, or what else its owner is called.
+        unit: what is not cut: the width of a head, or 1.
+    """
+
+    axis: int | None
+    site: str = ""
+    unit: int = 1
+
+
+def _map_split(function: Callable[[str, _Split, Any], Any], tree):
+    """Maps `(field, split, leaf)` over a tree that may hold blocks anywhere."""
 
     def of_node(path, node):
-        sites = node.layout.sites if is_block(node) else ()
-        splits = {site.name: _AXES[site.split] for site in sites}
-        return jax.tree_util.tree_map_with_path(
-            lambda own, leaf: function(*_split((*path, *own), splits), leaf), node
-        )
+        sites = {site.name: site for site in node.layout.sites} if is_block(node) else {}
+
+        def of_leaf(own, leaf):
+            names = (str(getattr(entry, "name", "")) for entry in (*path, *own))
+            owner, field = ["", "", *names][-2:]
+            site = sites.get(owner)
+            if site is None:
+                split = _Split(_SHELL_AXES.get(field))
+            else:
+                unit = node.head_dim if site.of_heads else 1
+                split = _Split(_AXES[site.split].get(field), owner, unit)
+            return function(field, split, leaf)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, node)
 
     return jax.tree_util.tree_map_with_path(of_node, tree, is_leaf=is_block)
 
 
-def _split(path, splits: Mapping[str, Mapping[str, int]]) -> tuple[str, int | None]:
-    owner, field = ["", "", *(str(getattr(entry, "name", "")) for entry in path)][-2:]
-    return field, splits.get(owner, _SHELL_AXES).get(field)
-
-
-def _spec(field: str, split: int | None, leaf, data: int, model: int) -> PartitionSpec:
-    shape = leaf.shape
+def _spec(field: str, split: _Split, leaf, data: int, model: int) -> PartitionSpec:
+    shape, axis = leaf.shape, split.axis
     axes: list[tuple[str, ...]] = [()] * len(shape)
     # An axis of one device is not named: equal layouts then have equal specs.
-    if split is not None and model > 1 and shape[split] % model == 0:
-        axes[split] = ("model",)
+    if axis is not None and model > 1:
+        if shape[axis] % (split.unit * model) == 0:
+            axes[axis] = ("model",)
+        elif split.unit > 1:
+            _say_whole(split.site, shape[axis] // split.unit, model)
     if field in _MATRICES and data > 1:
-        _split_over_data(axes, shape, data, model, other=-1 if split == -2 else -2)
+        _split_over_data(axes, shape, data, model, other=-1 if axis == -2 else -2)
     named = [axis[0] if len(axis) == 1 else axis or None for axis in axes]
     return PartitionSpec(*named) if any(axes) else PartitionSpec()
+
+
+@functools.cache
+def _say_whole(site: str, heads: int, model: int) -> None:
+    _log.info("%s: its %d heads are whole on each of %d model devices", site, heads, model)
 
 
 def _split_over_data(

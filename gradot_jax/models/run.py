@@ -3,17 +3,20 @@
 A `Params` may hold the original blocks, an emulator's, or any mixture.
 """
 
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gradot_jax.curvature.tap import BlockTaps
-from gradot_jax.models.family import ModelConfig
-from gradot_jax.models.params import Layer, Params, Segment, Shared, get_block
+from gradot_jax.curvature.tap import BlockTaps, TappedMaps
+from gradot_jax.models.family import ModelConfig, attention_windows
+from gradot_jax.models.params import Layer, Params, Segment, Shared, depth, get_block, slice_places
 from gradot_jax.models.partition import gather_over_data, keep_all_but_weights
+from gradot_jax.nn.attention import Projected, causal_attention
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.dtypes import cast
 from gradot_jax.nn.harmonizer import Harmonizer, harmonize
@@ -28,8 +31,16 @@ def embed(
     mask: jax.Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """The start of the residual stream, `[B, T, D]`; in `dtype` or the embedding's."""
-    return config.family.embed(config, gather_over_data(shell), input_ids, mask, dtype)
+    """The start of the residual stream, `[B, T, D]`; in `dtype` or the embedding's.
+
+    Positions count the unmasked tokens so far, as Hugging Face's OPT does.
+    """
+    if mask is None:
+        positions = jnp.arange(input_ids.shape[1])[None]
+    else:
+        mask = mask.astype(jnp.int32)
+        positions = jnp.cumsum(mask, axis=1) * mask - 1
+    return config.family.embed(config, gather_over_data(shell), input_ids, positions, dtype)
 
 
 def apply_layer(
@@ -38,6 +49,7 @@ def apply_layer(
     hidden: jax.Array,
     mask: jax.Array | None = None,
     taps: BlockTaps | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """A decoder block, or what stands in its place, on the residual stream `[B, T, D]`.
 
@@ -47,11 +59,35 @@ def apply_layer(
         hidden: `[B, T, D]`.
         mask: `[B, T]`, or None when every token is real.
         taps: zeros whose cotangents are the block's Kronecker factors, summed over tokens.
+        window: tokens that attention sees at most, see `ModelConfig.window`.
     """
+
+    def attend(projected: Projected) -> tuple[jax.Array, None]:
+        return causal_attention(*projected, config.num_attention_heads, mask, window), None
+
+    return apply_with_attention(config, layer, hidden, attend, mask=mask, taps=taps)[0]
+
+
+def apply_with_attention(
+    config: ModelConfig,
+    layer: Layer,
+    hidden: jax.Array,
+    attend: Callable[[Projected], tuple[jax.Array, Any]],
+    *,
+    mask: jax.Array | None = None,
+    taps: BlockTaps | None = None,
+    positions: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """As `apply_layer`, with an attention that gives `[B, T, H K]` and something to return.
+
+    That is None where a layer has no attention. Positions are `[B, T]`, or None for 0..T-1.
+    """
+    layer, hidden = gather_over_data(cast(layer, hidden.dtype)), along_data(hidden)
     if isinstance(layer, Harmonizer):
-        return harmonize(gather_over_data(layer), hidden)
-    block = gather_over_data(cast(layer, hidden.dtype))
-    return along_data(config.family.apply_block(config, block, along_data(hidden), mask, taps))
+        return harmonize(layer, hidden), None
+    maps = TappedMaps(layer, mask, taps)
+    mixed, state = attend(config.family.project(config, maps, hidden, positions))
+    return along_data(config.family.finish(config, maps, hidden, mixed)), state
 
 
 def run_blocks(
@@ -61,8 +97,12 @@ def run_blocks(
     mask: jax.Array | None = None,
     *,
     remat: bool = False,
+    first: int = 0,
+    num_layers: int | None = None,
 ) -> jax.Array:
-    """All layers in depth order, one `lax.scan` per segment; `[B, T, D]` in and out.
+    """All layers in depth order; `[B, T, D]` in and out.
+
+    One `lax.scan` per segment, and per run of layers in it that attend alike.
 
     Args:
         config: the model's variant.
@@ -70,24 +110,40 @@ def run_blocks(
         hidden: `[B, T, D]`.
         mask: `[B, T]`, or None.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        first: place of the first of them in the model.
+        num_layers: of that model; None where these are the rest of it.
     """
+    policy = None if remat else keep_all_but_weights
+    for run, window in runs(config, segments, first, num_layers):
 
-    def step(carry: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-        return apply_layer(config, layer, carry, mask), None
+        def step(carry: jax.Array, layer: Layer, run=run, window=window):
+            layer = get_block(run, layer) if isinstance(run, Shared) else layer
+            return apply_layer(config, layer, carry, mask, window=window), None
 
-    step = jax.checkpoint(step, prevent_cse=False, policy=None if remat else keep_all_but_weights)
-    for segment in segments:
-        if isinstance(segment, Shared):
-            order = jnp.asarray(segment.order, jnp.int32)
-            shared_step = partial(_shared_step, step, segment)
-            hidden, _ = jax.lax.scan(shared_step, hidden, order)
-        else:
-            hidden, _ = jax.lax.scan(step, hidden, segment)
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        layers = jnp.asarray(run.order, jnp.int32) if isinstance(run, Shared) else run
+        hidden, _ = jax.lax.scan(step, hidden, layers)
     return hidden
 
 
-def _shared_step(step, segment: Shared, carry: jax.Array, index: jax.Array):
-    return step(carry, get_block(segment, index))
+def runs(
+    config: ModelConfig,
+    segments: tuple[Segment, ...],
+    first: int = 0,
+    num_layers: int | None = None,
+) -> list[tuple[Segment, int | None]]:
+    """Runs of layers of equal shape that attend alike, each with its window; see `run_blocks`."""
+    windows = attention_windows(config, num_layers or first + sum(map(depth, segments)))
+    parts: list[tuple[Segment, int | None]] = []
+    for segment in filter(depth, segments):
+        size = depth(segment)
+        own = windows[first : first + size]
+        changes = [i for i in range(1, size) if own[i] != own[i - 1]]
+        for start, stop in pairwise([0, *changes, size]):
+            part = segment if stop - start == size else slice_places(segment, start, stop)
+            parts.append((part, own[start]))
+        first += size
+    return parts
 
 
 def head(config: ModelConfig, shell: Any, hidden: jax.Array) -> jax.Array:

@@ -47,9 +47,8 @@ class AdapterSpec:
         chosen = sorted(layers)
         bottom = next((i for i, layer in enumerate(chosen) if layer != i), len(chosen))
         rest = chosen[bottom:]
-        top = 0
-        while top < len(rest) and rest[-1 - top] == num_layers - 1 - top:
-            top += 1
+        backwards = enumerate(reversed(rest), start=1)
+        top = next((i - 1 for i, layer in backwards if layer != num_layers - i), len(rest))
         return cls(bottom, top, tuple(rest[: len(rest) - top]))
 
     def check(self, num_layers: int) -> None:

@@ -10,12 +10,12 @@ Names are a tree of the same structure as the weights, so that either way is one
 Arrays are numpy, on the host.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.compression.plan import HarmonizerShape, LayerShape
@@ -24,7 +24,7 @@ from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Layer, Params, depth, get_block, stack_blocks, unstack_blocks
 from gradot_jax.models.split import Adapter, AdapterSpec
 from gradot_jax.nn.harmonizer import Harmonizer
-from gradot_jax.nn.layout import Block, maps
+from gradot_jax.nn.layout import Block, maps, shaped
 from gradot_jax.nn.linear import Dense, Linear, LowRank, dense_kernel
 
 Schema = dict[str, tuple[int, ...]]
@@ -66,12 +66,13 @@ def _linear_names(path: str, weights: Linear) -> Linear:
 
 
 def _norm_names(path: str, norm: Any) -> Any:
-    fields = {field: name for field, name in _NORM_FIELDS.items() if hasattr(norm, field)}
+    if norm is None:
+        return None
     return norm.replace(
         **{
             field: TensorName(f"{path}.{name}")
-            for field, name in fields.items()
-            if getattr(norm, field) is not None
+            for field, name in _NORM_FIELDS.items()
+            if getattr(norm, field, None) is not None
         }
     )
 
@@ -177,12 +178,7 @@ def adapter_to_tensors(config: ModelConfig, adapter: Adapter) -> Iterator[tuple[
 def middle_to_tensors(
     layers: Iterable[Layer], config: ModelConfig, shapes: Sequence[LayerShape | HarmonizerShape]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The compressed layers' tensors, by name.
-
-    Args:
-        layers: single, see `SplitModel.stored_layers`.
-        config: of the full model.
-        shapes: what each must be.
+    """The tensors of `SplitModel.stored_layers`, by name.
 
     Raises:
         InputError: when the number, kind or size of layers differs.
@@ -212,14 +208,10 @@ def _check_layer(
 
 def layer_shapes(config: ModelConfig, shape: LayerShape | HarmonizerShape) -> Layer:
     """A compressed layer as shapes without arrays."""
-
-    def size(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
     if isinstance(shape, HarmonizerShape):
         width, rank = config.hidden_size, shape.rank
         return Harmonizer(
-            Dense(size(width, rank), size(rank)), Dense(size(rank, width), size(width))
+            Dense(shaped(width, rank), shaped(rank)), Dense(shaped(rank, width), shaped(width))
         )
     block, channels = config.family.block_shapes(config), config.family.layout.channels
     fields: dict[str, Linear] = {}
@@ -227,14 +219,14 @@ def layer_shapes(config: ModelConfig, shape: LayerShape | HarmonizerShape) -> La
         dense: Dense = getattr(block, site)
         if rank is not None:
             d_in, d_out = dense.shape
-            fields[site] = LowRank(size(d_in, rank), size(rank, d_out), dense.bias)
+            fields[site] = LowRank(shaped(d_in, rank), shaped(rank, d_out), dense.bias)
     count = shape.num_channels
     for site in channels.into:
         dense = getattr(block, site)
-        bias = None if dense.bias is None else size(count)
-        fields[site] = Dense(size(dense.shape[0], count), bias)
+        bias = None if dense.bias is None else shaped(count)
+        fields[site] = Dense(shaped(dense.shape[0], count), bias)
     out: Dense = getattr(block, channels.out)
-    fields[channels.out] = Dense(size(count, out.shape[1]), out.bias)
+    fields[channels.out] = Dense(shaped(count, out.shape[1]), out.bias)
     return block.replace(**fields)
 
 
@@ -308,6 +300,11 @@ def adapter_from_tensors(config: ModelConfig, split: AdapterSpec, tensors: Tenso
     prefixes = (layer_prefix(config, layer) for layer in layers)
     blocks = stack_blocks([block_from_tensors(config, tensors, prefix) for prefix in prefixes])
     return Adapter.of_stack(blocks, split)
+
+
+def count_all(schema: Schema) -> int:
+    """Parameters of all tensors."""
+    return sum(map(math.prod, schema.values()))
 
 
 def count_kernels(schema: Schema) -> int:

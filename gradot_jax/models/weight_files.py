@@ -18,16 +18,12 @@ from gradot_jax.files.mapped import StoredTensor, map_flax, map_safetensors
 from gradot_jax.files.strict_json import read_json
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
+    "chat_template.jinja special_tokens_map.json generation_config.json"
+).split()
 """Files beside the weights that go with a model wherever it goes; all of them data, no code."""
 
-CanonicalName = Callable[[str], str]
+CanonicalName = Callable[[str], str | None]
 """`Family.canonical_name`."""
 
 _INDEX_BYTES = 64 * 2**20
@@ -113,10 +109,6 @@ def _index(form: _Format) -> str:
 def open_weights(folder: Path, canonical: CanonicalName) -> list[WeightFile]:
     """Opens the weights of a checkpoint: one file, or the shards that its index names.
 
-    Args:
-        folder: of the checkpoint.
-        canonical: full names of the family's tensors.
-
     Raises:
         InputError: when there are no weights in a format read here, or a file is missing, damaged
             or outside the folder, or does not hold what the index says.
@@ -126,7 +118,16 @@ def open_weights(folder: Path, canonical: CanonicalName) -> list[WeightFile]:
             return [_open(form, regular_file(folder, form.whole), canonical)]
         if os.path.lexists(folder / _index(form)):
             return _open_shards(folder, form, canonical)
-    raise InputError(_no_weights(folder))
+    wanted = ", ".join(f"{form.whole} or {_index(form)}" for form in FORMATS)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise InputError(
+        f"{folder}: no weights found; expected {wanted}, found {found}. Weights in "
+        "pytorch_model.bin (a pickle, which can run code) or tf_model.h5 are not read; convert "
+        "them, where torch is installed, with these two lines of Python:\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "    [kind.from_pretrained('SOURCE').save_pretrained('TARGET') "
+        "for kind in (AutoModelForCausalLM, AutoTokenizer)]"
+    )
 
 
 def _open_shards(folder: Path, form: _Format, canonical: CanonicalName) -> list[WeightFile]:
@@ -138,6 +139,7 @@ def _open_shards(folder: Path, form: _Format, canonical: CanonicalName) -> list[
     shards = {name: regular_file(folder, name) for name in sorted({*listed.values()})}
     files = {name: _open(form, path, canonical) for name, path in shards.items()}
     expected = {(canonical(form.name(tensor)), shard) for tensor, shard in listed.items()}
+    expected = {(name, shard) for name, shard in expected if name is not None}
     held = {(tensor.name, shard) for shard, file in files.items() for tensor in file.tensors}
     if expected != held:
         differing = ", ".join(f"{tensor} in {shard}" for tensor, shard in sorted(expected ^ held))
@@ -146,8 +148,9 @@ def _open_shards(folder: Path, form: _Format, canonical: CanonicalName) -> list[
 
 
 def _open(form: _Format, path: Path, canonical: CanonicalName) -> WeightFile:
-    tensors = form.tensors(path)
-    return WeightFile(path, [dataclasses.replace(t, name=canonical(t.name)) for t in tensors])
+    named = [(canonical(tensor.name), tensor) for tensor in form.tensors(path)]
+    kept = [dataclasses.replace(tensor, name=name) for name, tensor in named if name is not None]
+    return WeightFile(path, kept)
 
 
 def _flax_name(path: str) -> str:
@@ -170,19 +173,6 @@ FORMATS = (
     _Format("flax_model.msgpack", "flax_model-*.msgpack", _flax_tensors, _flax_name),
 )
 """In the order in which they are looked for."""
-
-
-def _no_weights(folder: Path) -> str:
-    wanted = ", ".join(f"{form.whole} or {_index(form)}" for form in FORMATS)
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    return (
-        f"{folder}: no weights found; expected {wanted}, found {found}. Weights in "
-        "pytorch_model.bin (a pickle, which can run code) or tf_model.h5 are not read; convert "
-        "them, where torch is installed, with these two lines of Python:\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "    [kind.from_pretrained('SOURCE').save_pretrained('TARGET') "
-        "for kind in (AutoModelForCausalLM, AutoTokenizer)]"
-    )
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:

@@ -6,7 +6,8 @@ with the keys up to its end and no others, and a span whose scores would be larg
 """
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -26,131 +27,177 @@ _MAX_SCORES_CPU = 2**23
 and where spans, which wait for nothing, may run side by side."""
 
 
+class Projected(NamedTuple):
+    """What attention reads, `[B, T, H K]` and twice `[B, T, G K]`.
+
+    Queries are of H heads, keys and values of G, of which each serves H / G heads in a row.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
 def causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, num_heads: int, mask: jax.Array | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    num_heads: int,
+    mask: jax.Array | None,
+    window: int | None = None,
 ) -> jax.Array:
     """Softmax attention in which token t sees the unmasked tokens 0..t.
 
     The softmax is taken in float32. A query whose every key is masked (padding) attends evenly
-    to tokens 0..t, so that it stays finite. Which kernel runs is decided as the function is
+    to those in sight, so that it stays finite. Which kernel runs is decided as the function is
     traced, by the default device.
 
     Args:
-        query: `[B, T, D]`, scaled here by `K^-1/2`.
-        key: `[B, T, D]`.
-        value: `[B, T, D]`.
-        num_heads: H; D must be a multiple of it.
+        query: `[B, T, H K]`, scaled here by `K^-1/2`.
+        key: `[B, T, G K]`.
+        value: `[B, T, G K]`.
+        num_heads: H, a multiple of G.
         mask: `[B, T]`, true at real tokens; None when all are.
+        window: tokens that a query sees at most, itself the last; None for all before it.
 
     Returns:
-        `[B, T, D]`.
+        `[B, T, H K]`.
     """
-    chex.assert_equal_shape([query, key, value])
+    chex.assert_equal_shape([key, value])
     batch, length, width = query.shape
-    heads = (batch, length, num_heads, width // num_heads)
-    if _cudnn_takes(query, num_heads):
+    if window is not None and window >= length:
+        window = None
+    if _cudnn_takes(query, key, num_heads):
+        heads = (batch, length, -1, width // num_heads)
         parts = (a.reshape(heads) for a in (query, key, value))
-        return _library_attention(*parts, mask, "cudnn")
-    return _attention(query, key, value, mask, num_heads)
+        return _library_attention(*parts, mask, window, "cudnn")
+    return _attention(query, key, value, mask, num_heads, window)
 
 
 def _attend_in_spans(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, num_heads: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    num_heads: int,
+    window: int | None,
 ) -> jax.Array:
     """As `causal_attention`, in any dtype and on any device."""
     batch, length, width = query.shape
-    heads = (batch, length, num_heads, width // num_heads)
-    query = (query * heads[-1] ** -0.5).reshape(heads).swapaxes(1, 2)
+    size = width // num_heads
+    groups = key.shape[-1] // size
+    # Queries that see the same keys are rows of one product, token by token.
+    query = query.reshape(batch, length, groups, -1, size).swapaxes(1, 2)
+    query = query.reshape(batch, groups, -1, size)
+    shared = num_heads // groups
     # Features before tokens: then no product, forward or back, has to transpose scores.
-    key, value = (a.swapaxes(1, 2).reshape(batch, *heads[2:], length) for a in (key, value))
-    size = max(math.ceil(length / _SPANS), _MIN_SPAN)
+    key, value = (
+        a.reshape(batch, length, groups, size).transpose(0, 2, 3, 1) for a in (key, value)
+    )
+    step = max(math.ceil(length / _SPANS), _MIN_SPAN)
     spans = []
-    for start in range(0, length, size):
-        seen = slice(start + size)
+    for start in range(0, length, step):
+        first = 0 if window is None else max(start - window + 1, 0)
+        seen = slice(first, start + step)
+        span = _Span(start - first, shared, window)
         real = None if mask is None else mask[:, seen]
-        queries = query[:, :, start : start + size]
-        spans.append(_attend_span(queries, key[..., seen], value[..., seen], real, start))
-    return jnp.concatenate(spans, axis=2).swapaxes(1, 2).reshape(batch, length, width)
+        queries = query[:, :, start * shared : (start + step) * shared]
+        spans.append(_attend_span(queries, key[..., seen], value[..., seen], real, span))
+    mixed = jnp.concatenate(spans, axis=2).reshape(batch, groups, length, -1)
+    return mixed.swapaxes(1, 2).reshape(batch, length, width)
 
 
 # A rule of its own, because a policy of rematerialisation around it would keep the scores.
-_attention = jax.custom_vjp(_attend_in_spans, nondiff_argnums=(4,))
+_attention = jax.custom_vjp(_attend_in_spans, nondiff_argnums=(4, 5))
 
 
-def _forward(query, key, value, mask, num_heads: int):
-    return _attention(query, key, value, mask, num_heads), (query, key, value, mask)
+def _forward(query, key, value, mask, num_heads: int, window: int | None):
+    mixed = _attention(query, key, value, mask, num_heads, window)
+    return mixed, (query, key, value, mask)
 
 
-def _backward(num_heads: int, residual, cotangent: jax.Array):
+def _backward(num_heads: int, window: int | None, residual, cotangent: jax.Array):
     *operands, mask = residual
     batch, length, _ = cotangent.shape
     if batch * num_heads * length**2 > MAX_SCORES:
         # Else the compiler would see that the forward pass had these scores, and keep them.
         operands = jax.lax.optimization_barrier(operands)
-    _, pull = jax.vjp(lambda *qkv: _attend_in_spans(*qkv, mask, num_heads), *operands)
+    _, pull = jax.vjp(lambda *qkv: _attend_in_spans(*qkv, mask, num_heads, window), *operands)
     return *pull(cotangent), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
+class _Span(NamedTuple):
+    """Where the rows of some queries stand among the keys that they see.
+
+    Attributes:
+        first: number of the first row's token, counted from the first key.
+        shared: rows of one token, of all heads that see the same keys.
+        window: see `causal_attention`.
+    """
+
+    first: int
+    shared: int
+    window: int | None
+
+
 def _attend_span(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, first: int
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, span: _Span
 ) -> jax.Array:
     """As `_attend`, with at most `MAX_SCORES` scores at once."""
-    batch, heads, rows, width = query.shape
+    batch, groups, rows, width = query.shape
     most = _MAX_SCORES_CPU if jax.default_backend() == "cpu" else MAX_SCORES
-    pieces = min(math.ceil(batch * heads * rows * key.shape[-1] / most), rows)
+    pieces = min(math.ceil(batch * groups * rows * key.shape[-1] / most), rows)
     if pieces == 1:
-        return _attend(query, key, value, mask, first)
+        return _attend(query, key, value, mask, 0, span)
     size = math.ceil(rows / pieces)
     query = jnp.pad(query, [(0, 0), (0, 0), (0, size * pieces - rows), (0, 0)])
-    query = jnp.moveaxis(query.reshape(batch, heads, pieces, size, width), 2, 0)
-    firsts = first + size * jnp.arange(pieces)
+    query = jnp.moveaxis(query.reshape(batch, groups, pieces, size, width), 2, 0)
 
     def attend(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(piece[0], key, value, mask, piece[1])
+        return _attend(piece[0], key, value, mask, piece[1], span)
 
-    mixed = jax.lax.map(attend, (query, firsts))
-    return jnp.moveaxis(mixed, 0, 2).reshape(batch, heads, -1, width)[:, :, :rows]
+    mixed = jax.lax.map(attend, (query, size * jnp.arange(pieces)))
+    return jnp.moveaxis(mixed, 0, 2).reshape(batch, groups, -1, width)[:, :, :rows]
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
-    first: jax.Array | int,
+    row: jax.Array | int,
+    span: _Span,
 ) -> jax.Array:
-    """Queries of tokens first, first + 1, ... `[B, H, t, K]` on keys of tokens 0..s-1.
-
-    Keys and values are `[B, H, K, s]`.
-    """
-    weights, total = _weights(query, key, mask, first)
+    """Some rows of a span from `row` on, `[B, G, r, K]`, on keys and values `[B, G, K, s]`."""
+    weights, total = _weights(query, key, mask, row, span)
     mixed = jnp.einsum(
-        "BHts,BHKs->BHtK", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        "BGrs,BGKs->BGrK", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
     return (mixed / total).astype(value.dtype)
 
 
 def _attend_forward(*operands):
-    return _attend(*operands), operands
+    return _attend(*operands), operands[:-1]
 
 
-def _attend_backward(residual, cotangent: jax.Array):
-    query, key, value, mask, first = residual
-    weights, total = _weights(query, key, mask, first)
+def _attend_backward(span: _Span, residual, cotangent: jax.Array):
+    query, key, value, mask, row = residual
+    weights, total = _weights(query, key, mask, row, span)
     weights /= total
-    of_weights = jnp.einsum("BHtK,BHKs->BHts", cotangent, value, preferred_element_type=jnp.float32)
+    of_weights = jnp.einsum("BGrK,BGKs->BGrs", cotangent, value, preferred_element_type=jnp.float32)
     # The mean is of the very numbers that it is taken from: as the product of cotangent and
     # output it would be rounded otherwise, and what should cancel would not.
     mean = (weights * of_weights).sum(-1, keepdims=True)
-    of_scores = (weights * (of_weights - mean)).astype(query.dtype)
+    of_scores = weights * (of_weights - mean) * query.shape[-1] ** -0.5
+    of_scores = of_scores.astype(query.dtype)
     return (
-        jnp.einsum("BHts,BHKs->BHtK", of_scores, key),
-        jnp.einsum("BHtK,BHts->BHKs", query, of_scores),
-        jnp.einsum("BHtK,BHts->BHKs", cotangent, weights.astype(value.dtype)),
+        jnp.einsum("BGrs,BGKs->BGrK", of_scores, key),
+        jnp.einsum("BGrK,BGrs->BGKs", query, of_scores),
+        jnp.einsum("BGrK,BGrs->BGKs", cotangent, weights.astype(value.dtype)),
         None,
         None,
     )
@@ -159,26 +206,64 @@ def _attend_backward(residual, cotangent: jax.Array):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _weights(query: jax.Array, key: jax.Array, mask: jax.Array | None, first):
-    """Weights `[B, H, t, s]` in float32, and their sums, by which they are not yet divided."""
-    scores = jnp.einsum("BHtK,BHKs->BHts", query, key, preferred_element_type=jnp.float32)
-    scores = scores + _bias(query.shape[2], key.shape[3], mask, first)
+def _weights(query: jax.Array, key: jax.Array, mask: jax.Array | None, row, span: _Span):
+    """Weights `[B, G, r, s]` in float32, and their sums, by which they are not yet divided."""
+    scores = jnp.einsum("BGrK,BGKs->BGrs", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    scores = scores + _bias(query.shape[2], key.shape[3], mask, row, span)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return weights, weights.sum(-1, keepdims=True)
 
 
-def _bias(rows: int, columns: int, mask: jax.Array | None, first: jax.Array | int) -> jax.Array:
-    """What is added to scores, `[B or 1, 1, t, s]`: nothing, or what makes their weight zero."""
-    causal = first + jnp.arange(rows)[:, None] >= jnp.arange(columns)[None]
-    bias = jnp.where(causal, 0.0, -jnp.inf)[None, None]
+def _bias(rows: int, columns: int, mask: jax.Array | None, row, span: _Span) -> jax.Array:
+    """What is added to scores, `[B or 1, 1, r, s]`: nothing, or what makes their weight zero."""
+    tokens = span.first + (row + jnp.arange(rows)[:, None]) // span.shared
+    # Rows that pad the last piece see a key, too, or their gradient would be 0 / 0.
+    tokens = jnp.minimum(tokens, columns - 1)
+    before = tokens - jnp.arange(columns)[None]
+    seen = before >= 0 if span.window is None else (before >= 0) & (before < span.window)
+    bias = jnp.where(seen, 0.0, -jnp.inf)[None, None]
     if mask is None:
         return bias
     # Finite, so that a row of padding alone is not 0 / 0, and larger than any score.
     return bias + jnp.where(mask.astype(bool), 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
 
 
-def _cudnn_takes(query: jax.Array, num_heads: int) -> bool:
-    """Whether cuDNN's flash attention is there and takes queries `[B, T, D]` of this kind."""
+def cached_attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    num_heads: int,
+    position: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Attention of one new token of each sequence on all tokens so far, its own among them.
+
+    Args:
+        query: `[B, 1, H K]`.
+        keys: `[B, C, G K]`, that of token t at index t; what lies after the new one is not seen.
+        values: likewise.
+        num_heads: H.
+        position: `[B]`, index of the new token.
+        window: see `causal_attention`.
+
+    Returns:
+        `[B, 1, H K]`.
+    """
+    (batch, room, _), size = keys.shape, query.shape[-1] // num_heads
+    keys, values = (a.reshape(batch, room, -1, size) for a in (keys, values))
+    query = query.reshape(batch, keys.shape[2], -1, size)
+    scores = jnp.einsum("BGMK,BCGK->BGMC", query, keys, preferred_element_type=jnp.float32)
+    scores *= size**-0.5
+    before = position[:, None] - jnp.arange(room)[None]
+    seen = before >= 0 if window is None else (before >= 0) & (before < window)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    mixed = jnp.einsum("BGMC,BCGK->BGMK", weights.astype(values.dtype), values)
+    return mixed.reshape(batch, 1, -1)
+
+
+def _cudnn_takes(query: jax.Array, key: jax.Array, num_heads: int) -> bool:
+    """Whether cuDNN's flash attention is there and takes queries and keys of this kind."""
     if jax.default_backend() != "gpu":
         return False
     device = jax.local_devices()[0]
@@ -190,7 +275,7 @@ def _cudnn_takes(query: jax.Array, num_heads: int) -> bool:
     splits = jax.typeof(query).sharding.mesh.shape.get("model", 1)
     half = query.dtype in (jnp.float16, jnp.bfloat16)
     fits = query.shape[1] % 2 == 0 and width % 8 == 0 and width <= 128
-    return half and fits and num_heads % splits == 0
+    return half and fits and key.shape[2] // width % splits == 0
 
 
 def _library_attention(
@@ -198,14 +283,22 @@ def _library_attention(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
+    window: int | None,
     implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:
-    """JAX's own attention on `[B, T, H, K]`; returns `[B, T, D]`."""
+    """JAX's own attention on `[B, T, H, K]` and `[B, T, G, K]`; returns `[B, T, H K]`."""
     batch, length = query.shape[:2]
     if mask is not None:
         mask = mask.astype(bool)[:, None, None, :]
         mask = jnp.broadcast_to(mask, (batch, 1, length, length))
     mixed = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, implementation=implementation
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=True,
+        # Tokens to the left, without the query's own.
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
     )
     return mixed.reshape(batch, length, -1)

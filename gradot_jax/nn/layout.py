@@ -6,6 +6,9 @@ Everything that compresses, shards, stores or counts a block reads its layout, a
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
+import jax
+import jax.numpy as jnp
+
 if TYPE_CHECKING:
     from gradot_jax.nn.linear import Linear
 
@@ -18,12 +21,14 @@ class Site(NamedTuple):
         reads: name of the tapped input; sites that read one share its covariance.
         path: Hugging Face's name within the layer.
         split: the axis of the kernel `[D_in, D_out]` that tensor parallelism splits.
+        of_heads: whether that axis is one of heads, `Block.head_dim` wide, of which none is cut.
     """
 
     name: str
     reads: str
     path: str
     split: Literal["column", "row"]
+    of_heads: bool = False
 
 
 class Channels(NamedTuple):
@@ -62,7 +67,8 @@ class Layout:
 class Block(Protocol):
     """One decoder block of some family, or a stack of such (a leading layer axis on each leaf).
 
-    A flax dataclass whose fields are the sites and norms of its layout.
+    A flax dataclass whose fields are the sites and norms of its layout; a norm may be None. Where
+    sites are `of_heads` it has a static field `head_dim`.
     """
 
     layout: ClassVar[Layout]
@@ -70,6 +76,11 @@ class Block(Protocol):
     def replace(self, **fields: Any) -> Self:
         """The block with some of its fields replaced."""
         ...
+
+
+def shaped(*sizes: int) -> jax.ShapeDtypeStruct:
+    """A float32 array of these sizes as a shape without the array."""
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
 def maps(block: Block) -> "dict[str, Linear]":

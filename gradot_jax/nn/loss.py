@@ -19,6 +19,9 @@ MAX_LOGITS = 2**25
 _MAX_LOGITS_CPU = 2**21
 """The same on CPU, whose caches hold no more."""
 
+_MIN_TOKENS_CPU = 128
+"""Tokens for which a CPU reads the head once, however many logits that is."""
+
 
 class LossCotangents(NamedTuple):
     """The loss of a batch and its derivatives.
@@ -117,7 +120,9 @@ def loss_cotangents(
     chex.assert_shape(kernel, (width, None))
     chex.assert_shape([targets, weights], (batch, length))
     # Sequences are cut, not the batch, whose rows may lie on several devices.
-    most = _MAX_LOGITS_CPU if jax.default_backend() == "cpu" else MAX_LOGITS
+    most = MAX_LOGITS
+    if jax.default_backend() == "cpu":
+        most = max(_MAX_LOGITS_CPU, _MIN_TOKENS_CPU * kernel.shape[1])
     pieces = min(math.ceil(batch * length * kernel.shape[1] / most), length)
     size = math.ceil(length / pieces)
 

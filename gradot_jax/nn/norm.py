@@ -1,10 +1,12 @@
-"""Layer normalisation over the last axis.
+"""Normalisation over the last axis: layer norm and, without mean and bias, RMS norm.
 
     y = (x - mean) / sigma * scale + bias
     dx = (h - mean(h) - n mean(h n)) / sigma,   h = scale dy,   n = (x - mean) / sigma
 
 The derivative is written out because that needs nothing kept but x and two numbers per row.
 """
+
+from functools import partial
 
 import flax.struct
 import jax
@@ -62,3 +64,39 @@ def _row(weights: jax.Array, like: jax.Array) -> jax.Array:
 
 
 layer_norm.defvjp(_forward, _backward)
+
+
+@flax.struct.dataclass
+class RMSNorm:
+    """Gain of an RMS norm (Zhang and Sennrich 2019), `[..., D]`."""
+
+    scale: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(weights: RMSNorm, x: jax.Array, epsilon: float) -> jax.Array:
+    """Divides `x` `[..., D]` by its root mean square, in float32; keeps its dtype.
+
+    The quotient is rounded to that dtype before it is scaled, as Hugging Face does.
+    """
+    return _rms_forward(weights, x, epsilon)[0]
+
+
+def _rms_forward(weights: RMSNorm, x: jax.Array, epsilon: float):
+    h = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + epsilon)
+    normal = (h * inverse).astype(x.dtype)
+    return normal * jnp.broadcast_to(weights.scale, x.shape), (weights, x, inverse)
+
+
+def _rms_backward(epsilon: float, residual, cotangent: jax.Array):
+    del epsilon
+    weights, x, inverse = residual
+    normal, slope = x.astype(jnp.float32) * inverse, cotangent.astype(jnp.float32)
+    gradient = (slope * normal).sum(tuple(range(x.ndim - 1))).astype(weights.scale.dtype)
+    slope = slope * _row(weights.scale, slope)
+    slope = (slope - normal * (slope * normal).mean(-1, keepdims=True)) * inverse
+    return RMSNorm(gradient), slope.astype(x.dtype)
+
+
+rms_norm.defvjp(_rms_forward, _rms_backward)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -21,7 +20,7 @@ from gradot_jax.models.params import Params, unstack_blocks
 from gradot_jax.models.split import Adapter, AdapterSpec, adapter_of
 from gradot_jax.models.tensors import adapter_from_tensors, adapter_schema, adapter_to_tensors
 from gradot_jax.offsite.card import adapter_card
-from gradot_jax.offsite.manifest import AdapterManifest
+from gradot_jax.offsite.manifest import AdapterManifest, crossing_values
 from gradot_jax.offsite.sealed_folder import (
     ADAPTER_FILE,
     CARD,
@@ -91,7 +90,8 @@ def save_adapter(
     draft = AdapterManifest.from_values(draft.to_values(), "the adapter to be written")
     with output_folder(path, overwrite=overwrite) as folder:
         tensors = adapter_to_tensors(config, adapter)
-        write_stored(folder / ADAPTER_FILE, tensors, adapter_schema(config, split), stored)
+        schema = adapter_schema(config, split)
+        write_stored(folder / ADAPTER_FILE, tensors, schema, dict.fromkeys(schema, stored))
         (folder / CARD).write_text(adapter_card(draft))
         sealed = dataclasses.replace(draft, files=record_files(folder))
         write_manifest(folder, sealed.to_values())
@@ -118,7 +118,7 @@ def load_adapter(
     manifest = read_adapter_manifest(folder)
     _check_config(manifest, config, str(folder / MANIFEST))
     schema = adapter_schema(config, manifest.split)
-    size = tensor_file_limit(schema, jnp.dtype(manifest.dtype).itemsize)
+    size = tensor_file_limit(schema, manifest.dtype)
     with verified_folder(folder, manifest.files, {ADAPTER_FILE: size, CARD: CARD_BYTES}):
         tensors = read_stored(folder / ADAPTER_FILE, schema, manifest.dtype, dtype)
     return adapter_from_tensors(config, manifest.split, tensors), manifest
@@ -186,13 +186,7 @@ def check_adapter(
 
 
 def adapter_report(config: ModelConfig, params: Params, adapter: Adapter) -> list[BlockChange]:
-    """How far each tuned block is from the original's, for the owner to judge before plug-in.
-
-    Args:
-        config: of the model owner's model.
-        params: the model owner's full model.
-        adapter: the tuned blocks.
-    """
+    """How far each tuned block is from the original's, for the owner to judge before plug-in."""
     pairs = zip(
         adapter.split.layers(config.num_hidden_layers),
         unstack_blocks(adapter_of(params, adapter.split).stacks),
@@ -215,14 +209,15 @@ def _flat(block) -> np.ndarray:
 
 
 def _check_config(manifest: AdapterManifest, config: ModelConfig, where: str) -> None:
-    got, expected = manifest.config.to_hf(), config.to_hf()
+    if manifest.config == config:
+        return
+    got, expected = manifest.config.to_hf(), crossing_values(config.to_hf())
     differing = [
-        f"{k} is {got.get(k)!r}, expected {expected.get(k)!r}"
-        for k in got | expected
+        f"{k} is {got.get(k)!r:.80}, expected {expected.get(k)!r:.80}"
+        for k in sorted(got | expected)
         if got.get(k) != expected.get(k)
     ]
-    if differing:
-        raise InputError(f"{where}: belongs to another model: {'; '.join(differing)}")
+    raise InputError(f"{where}: belongs to another model: {'; '.join(differing[:8])}")
 
 
 def _check_emulator(manifest: AdapterManifest, digest: str, where: str) -> None:

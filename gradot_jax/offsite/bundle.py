@@ -1,12 +1,13 @@
 """The bundle: the folder with an emulator that goes from the model owner to the data owner."""
 
 import dataclasses
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from gradot_jax.compression.plan import EmulatorSpec, Plan
@@ -32,7 +33,7 @@ from gradot_jax.models.tensors import (
 from gradot_jax.models.weight_files import TOKENIZER_FILES, tokenizer_files
 from gradot_jax.offsite.card import bundle_card
 from gradot_jax.offsite.emulator import Emulator, build_emulator
-from gradot_jax.offsite.manifest import BundleManifest
+from gradot_jax.offsite.manifest import MIXED, BundleManifest
 from gradot_jax.offsite.sealed_folder import (
     ADAPTER_FILE,
     CARD,
@@ -51,18 +52,10 @@ from gradot_jax.offsite.sealed_folder import (
 EMULATOR_FILE = "emulator.safetensors"
 
 _TOKENIZER_BYTES = 64 * 2**20
-_LOCAL_KEYS = {
-    "_name_or_path",
-    "auto_map",
-    "cache_dir",
-    "local_files_only",
-    "merges_file",
-    "name_or_path",
-    "special_tokens_map_file",
-    "token",
-    "tokenizer_file",
-    "vocab_file",
-}
+_LOCAL_KEYS = frozenset(
+    "_name_or_path auto_map cache_dir local_files_only merges_file name_or_path "
+    "special_tokens_map_file token tokenizer_file vocab_file".split()
+)
 """Keys of tokenizer settings that name paths of the machine they were saved on, or code."""
 
 
@@ -107,7 +100,7 @@ def ship(
         emulator: what it yielded; its adapter is that of the original, untuned.
         base_digest: of the original, `sealed_folder.base_digest`; None when the emulator's outer
             blocks and embeddings have its numbers exactly.
-        dtype: float32, float16 or bfloat16; None for the least that holds every array exactly.
+        dtype: float32, float16 or bfloat16; None for each array's own.
         tokenizer_from: checkpoint whose tokenizer goes along.
         overwrite: replace an existing folder.
 
@@ -130,8 +123,8 @@ def ship(
         raise InputError(
             f"the plan's layer map is {spec.layer_map}, the emulator's {emulator.layer_map}"
         )
-    exact = jnp.result_type(*jax.tree.leaves(emulator))
-    stored = float_dtype(exact if dtype is None else dtype).name
+    own = {leaf.dtype if dtype is None else dtype for leaf in jax.tree.leaves(emulator)}
+    stored = MIXED if len(own) > 1 else float_dtype(own.pop()).name
     copied = [] if tokenizer_from is None else tokenizer_files(tokenizer_from)
 
     draft = BundleManifest(
@@ -144,13 +137,23 @@ def ship(
     )
     # What the reader would refuse is not written.
     draft = BundleManifest.from_values(draft.to_values(), "the bundle to be written")
+    if draft.config != config:
+        raise InputError(f"{path}: of the configuration crosses {draft.config}, not {config}")
     schemas = _schemas(draft)
     with output_folder(path, overwrite=overwrite) as folder:
-        middle = middle_to_tensors(emulator.stored_layers(), config, spec.shapes)
-        body = chain(shell_to_tensors(config, emulator.shell), middle)
-        write_stored(folder / EMULATOR_FILE, body, schemas[EMULATOR_FILE], stored)
-        outer = adapter_to_tensors(config, emulator.adapter)
-        write_stored(folder / ADAPTER_FILE, outer, schemas[ADAPTER_FILE], stored)
+
+        def body() -> Iterator[tuple[str, np.ndarray]]:
+            yield from shell_to_tensors(config, emulator.shell)
+            yield from middle_to_tensors(emulator.stored_layers(), config, spec.shapes)
+
+        def outer() -> Iterator[tuple[str, np.ndarray]]:
+            return adapter_to_tensors(config, emulator.adapter)
+
+        for file, tensors in ((EMULATOR_FILE, body), (ADAPTER_FILE, outer)):
+            dtypes = dict.fromkeys(schemas[file], stored)
+            if stored == MIXED:
+                dtypes |= {name: array.dtype for name, array in tensors()}
+            write_stored(folder / file, tensors(), schemas[file], dtypes)
         for file in copied:
             _copy_without_local_keys(file, folder / file.name)
         (folder / CARD).write_text(bundle_card(draft))
@@ -218,8 +221,8 @@ def _schemas(manifest: BundleManifest) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _limits(manifest: BundleManifest) -> dict[str, int]:
-    itemsize = jnp.dtype(manifest.dtype).itemsize
-    tensors = {name: tensor_file_limit(s, itemsize) for name, s in _schemas(manifest).items()}
+    schemas = _schemas(manifest).items()
+    tensors = {name: tensor_file_limit(schema, manifest.dtype) for name, schema in schemas}
     return {**dict.fromkeys(TOKENIZER_FILES, _TOKENIZER_BYTES), CARD: CARD_BYTES, **tensors}
 
 

@@ -1,12 +1,11 @@
 """The README of a bundle and of an adapter, made from the manifest alone."""
 
-import math
 from typing import NamedTuple
 
 from gradot_jax.models.split import AdapterSpec
 from gradot_jax.models.tensors import (
-    Schema,
     adapter_schema,
+    count_all,
     middle_schema,
     model_schema,
     shell_schema,
@@ -31,13 +30,9 @@ class ParameterCounts(NamedTuple):
 def count_parameters(manifest: BundleManifest) -> ParameterCounts:
     """Counts parameters from the shapes that a manifest declares."""
     config = manifest.config
-    unchanged = _size(shell_schema(config)) + _size(adapter_schema(config, manifest.split))
-    shipped = unchanged + _size(middle_schema(config, manifest.emulator.shapes))
-    return ParameterCounts(_size(model_schema(config)), shipped, unchanged)
-
-
-def _size(schema: Schema) -> int:
-    return sum(math.prod(shape) for shape in schema.values())
+    unchanged = count_all(shell_schema(config) | adapter_schema(config, manifest.split))
+    shipped = unchanged + count_all(middle_schema(config, manifest.emulator.shapes))
+    return ParameterCounts(count_all(model_schema(config)), shipped, unchanged)
 
 
 def trained_blocks(split: AdapterSpec) -> str:
@@ -53,14 +48,14 @@ def bundle_card(manifest: BundleManifest) -> str:
     middle = config.num_hidden_layers - split.num_blocks
     shipped, unchanged = (f"{n / counts.original:.1%}" for n in (counts.shipped, counts.unchanged))
     return f"""\
-# Emulator of an {config.family.label} model
+# Emulator of a language model
 
 An emulator for offsite-tuning: fine-tune its outer blocks on your own text and send back those
 blocks alone. The model that they come from, and your text, stay where they are.
 
 | | |
 |---|---|
-| model | {config.family.label}, {config.num_hidden_layers} blocks of width {config.hidden_size} |
+| model | {config.family.describe(config)} |
 | trained by you | {trained_blocks(split)} |
 | compressed and frozen | the {middle} other blocks, as {len(emulator.shapes)} layers |
 | method | {emulator.method} |
@@ -87,7 +82,7 @@ def adapter_card(manifest: AdapterManifest) -> str:
     """The README of a tuned adapter."""
     config, split = manifest.config, manifest.split
     return f"""\
-# Tuned adapter of an {config.family.label} model
+# Tuned adapter of a language model
 
 The {trained_blocks(split)} of {config.num_hidden_layers}, tuned around an emulator, in
 {manifest.dtype}. They replace the same blocks of the original model:

@@ -18,11 +18,8 @@ def describe(path: str | Path) -> dict[str, str]:
     The digest of each listed file is computed and compared; a difference is reported and raises
     nothing, so that a damaged folder can be looked at. No tensor is read.
 
-    Args:
-        path: a bundle, an adapter or a Hugging Face checkpoint.
-
     Raises:
-        InputError: when the folder is none of these.
+        InputError: when it is no bundle, no adapter and no Hugging Face checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -28,13 +28,7 @@ def build_emulator(
 
     Its arrays are where the shell's are. Of a shell in host memory, as of a memory-mapped
     checkpoint, every layer is a segment of its own and none is copied; on devices those of equal
-    shape are stacked.
-
-    Args:
-        shell: of the original.
-        adapter: of the original.
-        layers: what is stored of the middle, in depth order.
-        layer_map: what runs where; None runs every layer once.
+    shape are stacked. Without a map every layer, in depth order, runs once.
 
     Raises:
         ValueError: when the map has not a place for each inner block of the adapter.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from gradot_jax.errors import InputError
 from gradot_jax.models.family import ModelConfig, channel_count
-from gradot_jax.models.params import Params, Segment, Shared, concatenate_blocks, take_blocks
+from gradot_jax.models.params import Params, Segment, Shared, merge_segments, take_blocks
 from gradot_jax.nn.harmonizer import Harmonizer
 from gradot_jax.nn.layout import Block, maps
 from gradot_jax.nn.linear import Dense, Linear, dense_kernel
@@ -31,9 +31,9 @@ def export_params(config: ModelConfig, params: Params) -> tuple[ModelConfig, Par
         InputError: for an emulator with harmonizers: no block of the original computes them.
     """
     size = channel_count(config)
-    blocks = concatenate_blocks([_dense_block(stack, size) for stack in params.segments])
+    blocks = merge_segments([_dense_block(stack, size) for stack in params.segments])
     exported = dataclasses.replace(config, num_hidden_layers=params.num_layers)
-    return exported, Params(params.shell, (blocks,))
+    return exported, Params(params.shell, blocks)
 
 
 def _dense_block(stack: Segment, size: int) -> Block:

@@ -17,13 +17,22 @@ from gradot_jax.models.split import AdapterSpec, LayerMap
 from gradot_jax.nn.layout import maps
 
 FORMAT_VERSION = 2
-StoredDtype = Literal["float32", "float16", "bfloat16"]
+MIXED = "mixed"
+"""Stands for a dtype where each tensor has its own."""
+
+StoredDtype = Literal["float32", "float16", "bfloat16", "mixed"]
 
 MAX_LAYERS = 4096
 """More than any model has; bounds the work that a hostile layer count can ask for."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _METHOD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,64}")
+_WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
+_OBJECTS = ("rope_parameters", "rope_scaling")
+_WORDS = {"model_type", "architectures", "layer_types", "hidden_act", "activation_function"}
+_WORDS |= {"dtype", "torch_dtype", "transformers_version", "rope_type", "type"}
+_MAX_FIELDS = 512
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -75,11 +84,7 @@ class BundleManifest:
 
     @classmethod
     def from_values(cls, values: Any, where: str) -> "BundleManifest":
-        """Reads the contents of a manifest file.
-
-        Args:
-            values: parsed JSON.
-            where: the file, for messages.
+        """Reads the contents of a manifest file, parsed; `where` names it in messages.
 
         Raises:
             InputError: when anything is missing, unknown, out of range or contradictory.
@@ -144,12 +149,35 @@ def _common_values(manifest: BundleManifest | AdapterManifest) -> dict[str, Any]
     return {
         "format": manifest.kind,
         "format_version": FORMAT_VERSION,
-        "config": manifest.config.to_hf(),
+        "config": crossing_values(manifest.config.to_hf()),
         "split": {**dataclasses.asdict(manifest.split), "inner": list(manifest.split.inner)},
         "dtype": manifest.dtype,
         "base_digest": manifest.base_digest,
         "files": {name: dataclasses.asdict(record) for name, record in manifest.files.items()},
     }
+
+
+def crossing_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a model's configuration that cross: plain data, of nobody's machine.
+
+    Those are numbers, true, false and null, and lists of such; words under the names of `_WORDS`;
+    and the objects of a rotary embedding. Under a name that begins with an underscore, only true
+    and false cross.
+    """
+    return {name: value for name, value in values.items() if _crosses(name, value)}
+
+
+def _crosses(name: Any, value: Any) -> bool:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return False
+    if name.startswith("_"):
+        return isinstance(value, bool)
+    if isinstance(value, dict):
+        return name in _OBJECTS and all(_crosses(*part) for part in value.items())
+    parts = value if isinstance(value, list) else [value]
+    plain = all(isinstance(part, bool | int | float | None) for part in parts)
+    words = name in _WORDS and all(isinstance(p, str) and _WORD.fullmatch(p) for p in parts)
+    return len(parts) <= MAX_LAYERS and (plain or words)
 
 
 def _common_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -209,6 +237,9 @@ def _share(value: Any, where: str) -> float:
 def _config(values: Any, where: str) -> ModelConfig:
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, got {type(values).__name__}")
+    foreign = sorted(values.keys() - crossing_values(values).keys())
+    if foreign or len(values) > _MAX_FIELDS:
+        raise InputError(f"{where}: unknown keys {foreign[:8]!r:.400}")
     config = read_config(values, where)
     _check_keys(values, config.to_hf(), where)
     differing = sorted(key for key, value in config.to_hf().items() if values[key] != value)

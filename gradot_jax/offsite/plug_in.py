@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gradot_jax.errors import InputError
-from gradot_jax.models.params import Params, concatenate_blocks
+from gradot_jax.models.params import Params, merge_segments
 from gradot_jax.models.split import Adapter, split_model
 
 
@@ -33,7 +33,7 @@ def plug_in(params: Params, adapter: Adapter) -> Params:
         raise InputError("the adapter does not fit this model: " + "; ".join(differing[:8]))
     cast = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter, original.adapter)
     _check_finite(cast)
-    return Params(params.shell, (concatenate_blocks(original.assemble(cast).segments),))
+    return Params(params.shell, merge_segments(original.assemble(cast).segments))
 
 
 def _check_finite(adapter: Adapter) -> None:

@@ -7,18 +7,22 @@ all of that holds, so that a damaged or altered file meets a hash and not a pars
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from gradot_jax.errors import InputError
-from gradot_jax.files.digest import TensorDigest, bytes_digest, file_digest
+from gradot_jax.files.digest import bytes_digest, file_digest, tensors_digest
 from gradot_jax.files.folder import regular_file
 from gradot_jax.files.safetensors import (
+    FLOATS,
     TensorSpec,
-    copy_finite,
+    cast_finite,
+    fitting_tensors,
     float_dtype,
     read_tensors,
     stream_tensors,
@@ -28,7 +32,7 @@ from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Params
 from gradot_jax.models.split import Adapter, AdapterSpec, adapter_of
 from gradot_jax.models.tensors import Schema, adapter_to_tensors, shell_to_tensors
-from gradot_jax.offsite.manifest import FileRecord
+from gradot_jax.offsite.manifest import MIXED, FileRecord
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -125,39 +129,28 @@ def digest_matches(folder: Path, name: str, record: FileRecord) -> bool:
     return file_digest(path) == record.sha256
 
 
-def tensor_file_limit(schema: Schema, itemsize: int) -> int:
-    """The most bytes that a file of these tensors can have."""
+def tensor_file_limit(schema: Schema, dtype: str) -> int:
+    """The most bytes that a file of these tensors can have, in a dtype or `MIXED`."""
+    itemsize = 4 if dtype == MIXED else jnp.dtype(dtype).itemsize
     data = sum(int(np.prod(shape, dtype=object)) for shape in schema.values()) * itemsize
     return data + (len(schema) + 1) * _HEADER_BYTES_PER_TENSOR
 
 
 def write_stored(
-    path: Path, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: DTypeLike
+    path: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    schema: Schema,
+    dtypes: Mapping[str, DTypeLike],
 ) -> None:
-    """Writes tensors that fit a schema, cast to the stored dtype, one at a time.
+    """Writes tensors that fit a schema, each cast to its dtype.
 
     Raises:
         InputError: for a name or shape that differs from the schema, or a number that is not
             finite in the stored dtype.
     """
-    specs = {name: TensorSpec(shape, float_dtype(dtype).name) for name, shape in schema.items()}
-    stream_tensors(path, specs, _stored(path.name, tensors, schema, dtype))
-
-
-def _stored(
-    where: str, tensors: Iterable[tuple[str, np.ndarray]], schema: Schema, dtype: DTypeLike
-) -> Iterator[tuple[str, np.ndarray]]:
-    left = dict(schema)
-    for name, array in tensors:
-        shape = left.pop(name, None)
-        if shape != array.shape:
-            raise InputError(
-                f"{where}: tensors do not fit the configuration: {name} has shape {array.shape}, "
-                f"expected {shape}"
-            )
-        yield name, _cast(where, name, array, dtype)
-    if left:
-        raise InputError(f"{where}: tensors do not fit the configuration: no {sorted(left)[:8]}")
+    stored = {name: float_dtype(dtype) for name, dtype in dtypes.items()}
+    specs = {name: TensorSpec(shape, stored[name].name) for name, shape in schema.items()}
+    stream_tensors(path, specs, fitting_tensors(path.name, tensors, schema, stored))
 
 
 def read_stored(
@@ -168,16 +161,10 @@ def read_stored(
     Raises:
         InputError: when the file is damaged, holds other tensors, or a number that is not finite.
     """
-    tensors = read_tensors(path, schema, (stored,))
+    tensors = read_tensors(path, schema, FLOATS if stored == MIXED else (stored,))
     if dtype is None or float_dtype(dtype).name == stored:
         return tensors
-    return {name: _cast(str(path), name, array, dtype) for name, array in tensors.items()}
-
-
-def _cast(where: str, name: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-    target = np.empty(array.shape, float_dtype(dtype))
-    copy_finite(where, name, array, target)
-    return target
+    return {name: cast_finite(str(path), name, array, dtype) for name, array in tensors.items()}
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -190,15 +177,8 @@ def base_digest(config: ModelConfig, params: Params, split: AdapterSpec) -> str:
     """SHA-256 of what an emulator of this model and split ships unchanged.
 
     By it the model owner knows, at plug-in, which model and split an adapter is for. The middle
-    does not enter: a digest of it would let anyone check a guess at it.
-
-    Args:
-        config: of the model.
-        params: the full original model, in any dtype that holds it exactly.
-        split: which blocks are the adapter.
-
-    Returns:
-        64 hexadecimal digits.
+    does not enter: a digest of it would let anyone check a guess at it. The model may be in any
+    dtype that holds it exactly.
     """
     return shipped_digest(config, params.shell, adapter_of(params, split))
 
@@ -206,8 +186,5 @@ def base_digest(config: ModelConfig, params: Params, split: AdapterSpec) -> str:
 def shipped_digest(config: ModelConfig, shell: Any, adapter: Adapter) -> str:
     """The same digest from the original shell and outer blocks: split, names, shapes, numbers."""
     split = adapter.split
-    digest = TensorDigest([split.num_bottom, split.num_top, split.inner])
-    for tensors in (shell_to_tensors(config, shell), adapter_to_tensors(config, adapter)):
-        for name, array in tensors:
-            digest.update(name, array)
-    return digest.hexdigest()
+    tensors = chain(shell_to_tensors(config, shell), adapter_to_tensors(config, adapter))
+    return tensors_digest([split.num_bottom, split.num_top, split.inner], tensors)

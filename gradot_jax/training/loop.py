@@ -4,12 +4,12 @@ It owns what is the same for all of them: checkpoints and resuming, signals, the
 the choice of the best state by validation, and the watch over divergence.
 """
 
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +151,7 @@ def run_training(
         choice = _BestSoFar(validate, keep, metrics_file)
         if start == 0:
             best = choice.better(None, state, step=0)
-        remaining = _from_step(batches, start)
+        remaining = iter(batches(start)) if callable(batches) else islice(batches, start, None)
         watch = _Watch(metrics_file)
         for number in track(range(start + 1, num_steps + 1), description, enabled=progress):
             batch = _next(remaining, number, num_steps)
@@ -240,14 +240,6 @@ def _check_settings(
         )
     if resume and checkpoints is None:
         raise InputError("a run can only resume from a folder of checkpoints, none is given")
-
-
-def _from_step(
-    batches: Iterable[Batch] | Callable[[int], Iterable[Batch]], start: int
-) -> Iterator[Batch]:
-    if callable(batches):
-        return iter(batches(start))
-    return itertools.islice(batches, start, None)
 
 
 def _next(batches: Iterator[Batch], step: int, num_steps: int) -> Batch:

@@ -1,5 +1,6 @@
 """The optimiser of the adapter: AdamW, a schedule, clipping and accumulation, all optax's own."""
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -59,6 +60,10 @@ def make_optimizer(
     if accumulate == 1:
         return optimizer
     return optax.MultiSteps(optimizer, accumulate).gradient_transformation()
+
+
+shared_optimizer = functools.cache(make_optimizer)
+"""The same object for equal settings, so that equal runs share a compiled step."""
 
 
 def decay_mask(params):

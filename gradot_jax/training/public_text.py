@@ -35,11 +35,7 @@ def hold_out(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]
 
 
 def shuffled_epochs(batches: Sequence[Batch], seed: int) -> Callable[[int], Iterator[Batch]]:
-    """Epochs without end over batches, each in an order of its own.
-
-    Args:
-        batches: at least one.
-        seed: of the orders.
+    """Epochs without end over at least one batch, each in an order of its own, drawn by a seed.
 
     Returns:
         A function from the number of batches already taken to those that follow.

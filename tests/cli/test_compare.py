@@ -40,8 +40,8 @@ def compare(checkpoint, data, text, out, *more):
     return main(["compare", *model, *where, *sizes, *more])
 
 
-def test_question_sets_on_a_checkpoint_go_through_and_go_on(checkpoint, data, text, tmp_path):
-    out = tmp_path / "out"
+def test_question_sets_on_a_checkpoint_go_through_and_go_on(make_llama, data, text, tmp_path):
+    checkpoint, out = make_llama(tmp_path / "model", bos=False), tmp_path / "out"
     tasks = ["--tasks", "webqs,openbookqa", "--budgets", "0.5", "--learning-rates", "1"]
     methods = ["--methods", "full-finetune,gradot,empty"]
     assert compare(checkpoint, data, text, out, *tasks, *methods) == DONE

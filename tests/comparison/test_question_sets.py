@@ -173,6 +173,9 @@ class Counting:
         self.texts += 1
         return self.inner(*arguments, **options)
 
+    def convert_ids_to_tokens(self, ids):
+        return self.inner.convert_ids_to_tokens(ids)
+
 
 def test_models_are_measured_on_questions_that_are_tokenised_once(write, tasks, model, tokenizer):
     config, params = model

@@ -14,7 +14,7 @@ from gradot_jax.demo.bundled_tasks import (
     load_tasks,
     split_prose,
 )
-from gradot_jax.demo.corpus import Facts, make_facts
+from gradot_jax.demo.corpus import Facts, bundled_facts
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>"]
 BOS = 2
@@ -22,7 +22,7 @@ BOS = 2
 
 @pytest.fixture(scope="module")
 def facts():
-    people = make_facts({}, num_api=0, num_people=380).syn
+    people = bundled_facts().syn[: 3 * 380]
     return Facts(api=tuple((f"name{i}", f"module{i % 7}") for i in range(1200)), syn=people)
 
 

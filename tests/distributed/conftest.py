@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 from gradot_jax.models.checkpoint import save_model
+from gradot_jax.models.families import read_config
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.params import init_params
 
@@ -25,7 +26,23 @@ CONFIG = OPTConfig(
     max_position_embeddings=16,
     word_embed_proj_dim=16,
 )
-
+GROUPED = read_config(
+    {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 4 + len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "max_position_embeddings": 16,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    }
+)
+"""Of which two devices split the queries and both have the keys."""
 
 PROGRAM = """
 import functools
@@ -38,17 +55,16 @@ program()
 """
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+def write_checkpoint(folder, config):
+    """Random weights, gains and biases too, and a tokenizer of whole words."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         gain = path[-1].name == "scale"
         return (gain + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    shapes = jax.eval_shape(lambda key: init_params(CONFIG, key), jax.random.key(0))
-    save_model(folder, CONFIG, jax.tree.map_with_path(fill, shapes))
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    save_model(folder, config, jax.tree.map_with_path(fill, shapes))
     vocabulary = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", *WORDS])
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
@@ -58,6 +74,16 @@ def checkpoint(tmp_path_factory):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint", CONFIG)
+
+
+@pytest.fixture(scope="session")
+def grouped_checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("grouped") / "checkpoint", GROUPED)
 
 
 @pytest.fixture(scope="session")

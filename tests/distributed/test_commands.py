@@ -24,6 +24,13 @@ def bundle(checkpoint, text, tmp_path_factory):
     return out / "bundle"
 
 
+@pytest.fixture
+def grouped_bundle(grouped_checkpoint, text, tmp_path):
+    """The same of a model with grouped queries."""
+    alone(compression(grouped_checkpoint, text, tmp_path / "compressed"))
+    return tmp_path / "compressed" / "bundle"
+
+
 def compression(checkpoint, text, out):
     data = ["--calibration", str(text), "--num-sequences", "16", "--sequence-length", "16"]
     where = ["--model", str(checkpoint), "--out", str(out), "--budget", "0.6"]
@@ -81,15 +88,17 @@ def test_run_stopped_in_one_process_is_saved_by_all_and_goes_on_in_one(
     assert_close(*(adapter(bundle, tmp_path / name) for name in ("run", "whole")), "float32_model")
 
 
-def test_run_begun_in_one_process_is_ended_by_two_and_written_once(
-    bundle, text, tmp_path, run_together, assert_close
+def test_run_begun_in_one_process_is_ended_by_two_that_split_its_heads_and_written_once(
+    grouped_bundle, text, tmp_path, run_together, assert_close
 ):
-    alone(tuning(bundle, text, tmp_path / "run", 3))
-    printed = run_together([*tuning(bundle, text, tmp_path / "run", 5), "--resume"])
+    alone(tuning(grouped_bundle, text, tmp_path / "run", 3))
+    rest = tuning(grouped_bundle, text, tmp_path / "run", 5)
+    printed = run_together([*rest, "--resume", "--mesh", "2", "2"])
     assert [bool(output.strip()) for output in map(without_collectives, printed)] == [True, False]
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    alone(tuning(bundle, text, tmp_path / "whole", 5))
-    assert_close(*(adapter(bundle, tmp_path / name) for name in ("run", "whole")), "float32_model")
+    alone(tuning(grouped_bundle, text, tmp_path / "whole", 5))
+    tuned = (adapter(grouped_bundle, tmp_path / name) for name in ("run", "whole"))
+    assert_close(*tuned, "float32_model")
 
 
 def test_where_there_is_no_cluster_the_command_says_how_to_describe_one(bundle, text, tmp_path):

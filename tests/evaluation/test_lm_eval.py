@@ -1,5 +1,6 @@
 """The harness on the bundled model and on it plugged in, against our own evaluators."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from gradot_jax.evaluation.multiple_choice import multiple_choice
 from gradot_jax.evaluation.perplexity import perplexity
 from gradot_jax.evaluation.scores import sequence_scores
 from gradot_jax.models.checkpoint import load_model
+from gradot_jax.models.families import read_config
 from gradot_jax.models.run import forward
 from gradot_jax.models.split import AdapterSpec, adapter_of
 from gradot_jax.offsite.plug_in import plug_in
@@ -232,6 +234,26 @@ def test_generated_text_is_the_likeliest_token_after_token(models, tokenizer):
     assert generate(model, (prompts[0], settings)) == [whole[: whole.index(stop)]]
 
 
+def test_generated_text_ends_at_any_of_the_end_tokens(models, tokenizer):
+    config, params = models["full"]
+    request = ("import os", {"max_gen_toks": 6})
+    (text,) = generate(HarnessModel(config, params, tokenizer), request)
+    second = encode(tokenizer, text)[1]
+    model = HarnessModel(config, params, tokenizer, end_ids=(2, second))
+    (shorter,) = generate(model, request)
+    assert shorter and text.startswith(shorter) and len(shorter) < len(text)
+
+
+def test_a_model_without_begin_or_end_is_refused(models, tokenizer):
+    _, params = models["full"]
+    bare = dataclasses.replace(
+        read_config({"model_type": "qwen2", "vocab_size": 2048}), num_hidden_layers=2
+    )
+    with pytest.raises(InputError, match="neither bos_token_id nor eos_token_id"):
+        HarnessModel(bare, params, tokenizer)
+    assert HarnessModel(bare, params, tokenizer, end_ids=(7,)).prefix_token_id == 7
+
+
 def test_generation_refuses_what_it_cannot_do(models, tokenizer):
     model = HarnessModel(*models["full"], tokenizer)
     with pytest.raises(InputError, match="generates greedily"):
@@ -270,6 +292,7 @@ from gradot_jax.data.tokenizer import load_tokenizer
 from gradot_jax.demo.corpus import bundled_model
 from gradot_jax.evaluation.lm_eval import HarnessModel
 from gradot_jax.models.checkpoint import load_model
+from gradot_jax.models.families import read_config
 model = HarnessModel(*load_model(bundled_model()), load_tokenizer(bundled_model()))
 manager = TaskManager(include_path={str(tasks)!r}, include_defaults=False)
 found = simple_evaluate(model=model, tasks=["items"], task_manager=manager, limit=2)

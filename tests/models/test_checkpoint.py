@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradot_jax.errors import InputError
-from gradot_jax.files.safetensors import iterate_tensors, write_tensors
+from gradot_jax.files.safetensors import iterate_tensors, read_specs, write_tensors
 from gradot_jax.models.checkpoint import load_model, save_model
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.params import get_block, segment_blocks, unstack_blocks
@@ -158,17 +158,62 @@ def test_other_dtypes_are_refused(checkpoint, dtype):
         load_model(checkpoint)
 
 
-def test_mixed_dtypes_need_a_choice(checkpoint):
+def test_each_tensor_keeps_its_own_dtype_unless_one_is_asked_for(checkpoint, tmp_path):
     edit_tensors(checkpoint, lambda t: {**t, EMBED: t[EMBED].astype(np.float16)})
-    assert load_model(checkpoint)[1].shell.embed_tokens.dtype == jnp.float32
-    with pytest.raises(InputError, match="mix float16 and float32"):
-        load_model(checkpoint, dtype=None)
+    float32 = jnp.dtype("float32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(load_model(checkpoint)[1])} == {float32}
+    config, params = load_model(checkpoint, dtype=None)
+    assert params.shell.embed_tokens.dtype == jnp.float16
+    others = params.replace(shell=params.shell.replace(embed_tokens=None))
+    assert {leaf.dtype for leaf in jax.tree.leaves(others)} == {float32}
+    save_model(tmp_path / "again", config, params)
+    specs = [
+        read_specs(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "again")
+    ]
+    assert specs[0] == specs[1]
+    assert_same(load_model(tmp_path / "again", dtype=None), (config, params))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [(("float16", "float32"), "float32"), (("float16", "bfloat16"), "float32")],
+)
+def test_layers_of_unlike_dtypes_are_stacked_in_the_least_that_holds_both(
+    checkpoint, dtypes, expected
+):
+    names = [f"model.decoder.layers.{layer}.fc1.weight" for layer in range(2)]
+
+    def change(tensors):
+        for name, dtype in zip(names, dtypes, strict=True):
+            tensors[name] = tensors[name].astype(jnp.dtype(dtype))
+
+    edit_tensors(checkpoint, change)
+    tensors = dict(iterate_tensors(checkpoint / "model.safetensors"))
+    assert [tensors[name].dtype.name for name in names] == list(dtypes)
+    kernel = load_model(checkpoint, dtype=None)[1].segments[0].fc1.kernel
+    assert kernel.dtype == expected
+    for layer, name in enumerate(names):
+        np.testing.assert_array_equal(kernel[layer], tensors[name].astype(np.float32).T)
+
+
+@pytest.mark.parametrize("name", ["decoder.version", "model.decoder.version"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_version_number_of_old_checkpoints_is_dropped(checkpoint, name, prefix):
+    expected = load_model(checkpoint)
+    version = np.array([3], np.float32)
+
+    def change(tensors):
+        return {prefix + k.removeprefix("model."): v for k, v in tensors.items()} | {name: version}
+
+    edit_tensors(checkpoint, change)
+    assert_same(load_model(checkpoint), expected)
+    assert_same(load_model(checkpoint, dtype=None), expected)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
         ({"num_hidden_layers": 3}, r"missing: model.decoder.layers.2.fc1.bias"),
         ({"num_hidden_layers": 2**30}, "weights are only 36 tensors"),
         ({"hidden_size": 2**30, "word_embed_proj_dim": 2**30}, "wrong shape"),

@@ -1,3 +1,4 @@
+import logging
 import re
 
 import jax
@@ -5,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gradot_jax.models import partition
+from gradot_jax.models.families import read_config
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.params import Params, get_block
 from gradot_jax.models.partition import (
@@ -29,6 +32,21 @@ CONFIG = OPTConfig(
     tie_word_embeddings=False,
 )
 WHOLE = PartitionSpec()
+
+
+def of_heads(queries, keys, size=4):
+    """A configuration with so many heads of queries, and of keys and values."""
+    sizes = {"vocab_size": 24, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": size}
+    return read_config({"model_type": "qwen2", **sizes, **heads, "max_position_embeddings": 8})
+
+
+@pytest.fixture
+def said(caplog):
+    """Says what was logged of sites whose heads are whole."""
+    partition._say_whole.cache_clear()
+    caplog.set_level(logging.INFO, partition.__name__)
+    return lambda: [record.getMessage() for record in caplog.records]
 
 
 @pytest.fixture
@@ -84,6 +102,67 @@ def test_low_rank_maps_are_split_on_the_side_of_their_dense_map(params):
     specs = partition_specs(block, data=2, model=4)
     assert specs.q_proj.left == PartitionSpec("data", None)
     assert specs.q_proj.right == PartitionSpec(None, ("model", "data"))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "model", "whole"),
+    [
+        (8, 2, 2, ""),
+        (8, 2, 4, "kv"),
+        (9, 3, 3, ""),
+        # 36 features and 12 are multiples of 2 and 4, and 9 heads and 3 are not.
+        (9, 3, 2, "qkvo"),
+        (9, 3, 4, "qkvo"),
+        (4, 1, 4, "kv"),
+    ],
+)
+def test_no_head_is_cut_and_a_site_whose_heads_do_not_divide_is_whole_and_named(
+    queries, keys, model, whole, random_params, said
+):
+    params = random_params(of_heads(queries, keys))
+    block = partition_specs(params, data=1, model=model).segments[0]
+    column, row = PartitionSpec(None, None, "model"), PartitionSpec(None, "model", None)
+    bias = PartitionSpec(None, "model")
+    for letter in "qkv":
+        split = Dense(WHOLE, WHOLE) if letter in whole else Dense(column, bias)
+        assert getattr(block, f"{letter}_proj") == split
+    assert block.o_proj == Dense(WHOLE if "o" in whole else row, None)
+    assert block.gate_proj == block.up_proj == Dense(column, None)
+    assert block.down_proj == Dense(row, None)
+    partition_specs(params, data=1, model=model)
+    heads = {"q": queries, "k": keys, "v": keys, "o": queries}
+    assert sorted(said()) == sorted(
+        f"{letter}_proj: its {heads[letter]} heads are whole on each of {model} model devices"
+        for letter in whole
+    )
+
+
+def test_each_device_has_whole_heads_of_queries_and_all_keys_that_do_not_divide(random_params):
+    params = random_params(of_heads(8, 2))
+    block = shard_params(params, make_mesh(2, 4)).segments[0]
+
+    def parts(array):
+        return {shard.data.shape for shard in array.addressable_shards}
+
+    # Two heads of four features, and half of the rows along data.
+    assert parts(block.q_proj.kernel) == {(2, 24 // 2, 2 * 4)}
+    assert parts(block.q_proj.bias) == {(2, 2 * 4)}
+    assert parts(block.o_proj.kernel) == {(2, 2 * 4, 24 // 2)}
+    assert parts(block.k_proj.kernel) == parts(block.v_proj.kernel) == {(2, 24 // 2, 8)}
+    assert parts(block.k_proj.bias) == {(2, 8)}
+    jax.tree.map(np.testing.assert_array_equal, block, params.segments[0])
+
+
+def test_low_rank_maps_of_heads_are_split_by_whole_heads_too(random_params):
+    block = get_block(random_params(of_heads(8, 2)).segments[0], 0)
+    wide, narrow = (LowRank(np.zeros((24, 3)), np.zeros((3, n)), np.zeros(n)) for n in (32, 8))
+    out = LowRank(np.zeros((32, 3)), np.zeros((3, 24)), None)
+    block = block.replace(q_proj=wide, k_proj=narrow, o_proj=out)
+    specs = partition_specs(block, data=1, model=4)
+    column = PartitionSpec(None, "model")
+    assert specs.q_proj == LowRank(WHOLE, column, PartitionSpec("model"))
+    assert specs.k_proj == LowRank(WHOLE, WHOLE, WHOLE)
+    assert specs.o_proj == LowRank(PartitionSpec("model", None), WHOLE, None)
 
 
 def test_rows_of_a_factor_lie_over_as_many_devices_as_divide_them():

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from gradot_jax.errors import InputError
-from gradot_jax.files.safetensors import iterate_tensors, write_tensors
+from gradot_jax.files.safetensors import iterate_tensors, read_specs, write_tensors
 from gradot_jax.models.checkpoint import load_model, save_model
 from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.models.params import get_block, init_params, unstack_blocks
+from gradot_jax.models.params import (
+    concatenate_blocks,
+    get_block,
+    init_params,
+    unstack_blocks,
+)
 from gradot_jax.models.run import forward
 from gradot_jax.parallel import make_mesh
 
@@ -113,13 +118,42 @@ def test_numbers_not_finite_are_refused_in_mapped_files_too(golden, tmp_path):
         load_model(tmp_path, memory_map=True)
 
 
-def test_mixed_dtypes_cannot_be_left_in_the_file(golden, tmp_path):
+def test_mixed_dtypes_are_left_in_the_file_as_they_are(golden, tmp_path):
     tensors = dict(iterate_tensors(golden / "pre_ln" / "model.safetensors"))
-    tensors["model.decoder.layers.1.fc2.bias"] = np.zeros(8, np.float16)
+    half, embedding = "model.decoder.layers.1.fc2.bias", "model.decoder.embed_tokens.weight"
+    tensors[half] = tensors[half].astype(np.float16)
+    tensors[embedding] = tensors[embedding].astype(jnp.bfloat16)
     write_tensors(tmp_path / "model.safetensors", tensors)
     (tmp_path / "config.json").write_bytes((golden / "pre_ln" / "config.json").read_bytes())
-    with pytest.raises(InputError, match="mix float16 and float32"):
-        load_model(tmp_path, memory_map=True)
+    config, params = load_model(tmp_path, memory_map=True)
+    assert_mapped(params)
+    np.testing.assert_array_equal(params.segments[1].fc2.bias[0], tensors[half])
+    np.testing.assert_array_equal(params.shell.embed_tokens, tensors[embedding])
+    assert params.segments[1].fc2.bias.dtype == np.float16
+    assert params.shell.embed_tokens.dtype == jnp.bfloat16
+    dtypes = [leaf.dtype.name for leaf in jax.tree.leaves(params)]
+    assert dtypes.count("float32") == len(dtypes) - 2
+    save_model(tmp_path / "again", config, params)
+    assert dict(read_specs(tmp_path / "again" / "model.safetensors")) == read_specs(
+        tmp_path / "model.safetensors"
+    )
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float16", "bfloat16")])
+def test_mapped_layers_of_unlike_dtypes_are_joined_in_the_least_that_holds_both(
+    golden, tmp_path, dtypes
+):
+    tensors = dict(iterate_tensors(golden / "pre_ln" / "model.safetensors"))
+    for layer, dtype in enumerate(dtypes):
+        name = f"model.decoder.layers.{layer}.fc1.weight"
+        tensors[name] = tensors[name].astype(jnp.dtype(dtype))
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_bytes((golden / "pre_ln" / "config.json").read_bytes())
+    _, mapped = load_model(tmp_path, memory_map=True)
+    _, placed = load_model(tmp_path, dtype=None)
+    joined = concatenate_blocks(mapped.segments)
+    assert joined.fc1.kernel.dtype == placed.segments[0].fc1.kernel.dtype == np.float32
+    jax.tree.map(np.testing.assert_array_equal, joined, placed.segments[0])
 
 
 def test_every_device_has_its_part_and_equal_parts_are_read_once(golden, monkeypatch):

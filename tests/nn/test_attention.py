@@ -1,10 +1,12 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gradot_jax.nn import attention
-from gradot_jax.nn.attention import causal_attention
+from gradot_jax.nn.attention import cached_attention, causal_attention
 
 B, T, D, H = 2, 7, 6, 3
 RNG = np.random.default_rng(0)
@@ -29,17 +31,65 @@ def with_holes(*holes):
     return mask
 
 
-def reference(mask, query=QUERY, key=KEY, value=VALUE):
-    """One query and one head at a time, in float64."""
-    width = D // H
-    out = np.zeros((B, T, D))
-    for b, t, h in np.ndindex(B, T, H):
+def reference(mask, query=QUERY, key=KEY, value=VALUE, *, heads=H, window=None, cotangent=None):
+    """One query and one head at a time, in float64.
+
+    Keys and values are of as many heads as queries. Given the output's cotangent, the cotangents
+    of query, key and value are returned too.
+    """
+    query, key, value = (a.astype(np.float64) for a in (query, key, value))
+    width = query.shape[-1] // heads
+    out, *back = (np.zeros(query.shape) for _ in range(4))
+    for b, t, h in np.ndindex(B, T, heads):
         part = slice(h * width, (h + 1) * width)
-        seen = [s for s in range(t + 1) if mask[b, s]]
-        scores = key[b, seen, part].astype(np.float64) @ query[b, t, part] / np.sqrt(width)
-        weights = np.exp(scores - scores.max())
-        out[b, t, part] = weights / weights.sum() @ value[b, seen, part]
-    return out
+        first = 0 if window is None else max(t - window + 1, 0)
+        seen = [s for s in range(first, t + 1) if mask[b, s]]
+        q, k, v = query[b, t, part] / np.sqrt(width), key[b, seen, part], value[b, seen, part]
+        weights = np.exp(k @ q - (k @ q).max())
+        weights /= weights.sum()
+        out[b, t, part] = weights @ v
+        if cotangent is not None:
+            g = cotangent[b, t, part].astype(np.float64)
+            slope = weights * (v @ g - weights @ (v @ g))
+            back[0][b, t, part] += slope @ k / np.sqrt(width)
+            back[1][b, seen, part] += np.outer(slope, q)
+            back[2][b, seen, part] += np.outer(weights, g)
+    return out if cotangent is None else (out, *back)
+
+
+def grouped(groups, shared, width=3):
+    """Queries of `groups * shared` heads, keys and values of `groups`, and a cotangent."""
+    rng = np.random.default_rng(groups)
+    sizes = [groups * shared, groups, groups, groups * shared]
+    return [rng.normal(size=(B, T, n * width)).astype(np.float32) for n in sizes]
+
+
+def repeated(array, groups, shared):
+    """Keys or values with each head as often as queries share it."""
+    return np.repeat(array.reshape(B, T, groups, -1), shared, axis=2).reshape(B, T, -1)
+
+
+def summed(array, groups, shared):
+    """The cotangent of what `repeated` repeats."""
+    return array.reshape(B, T, groups, shared, -1).sum(3).reshape(B, T, -1)
+
+
+def reference_of_groups(operands, groups, shared, mask, window=None):
+    """The output and the cotangents of query, key and value, of keys that are repeated."""
+    query, key, value, cotangent = operands
+    key, value = (repeated(a, groups, shared) for a in (key, value))
+    options = {"heads": groups * shared, "window": window, "cotangent": cotangent}
+    out, *back = reference(mask, query, key, value, **options)
+    return out, (back[0], *(summed(a, groups, shared) for a in back[1:]))
+
+
+def output_and_pull(operands, heads, mask, window=None):
+    def run(query, key, value, cotangent):
+        attend = partial(causal_attention, num_heads=heads, mask=mask, window=window)
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(cotangent)
+
+    return jax.jit(run)(*operands)
 
 
 def plain(query, key, value, mask):
@@ -70,6 +120,54 @@ def test_gradients_are_those_of_attention_with_all_scores_kept(holes, assert_clo
 
     got = pull(lambda q, k, v: causal_attention(q, k, v, H, jnp.asarray(mask)))
     assert_close(got, pull(lambda q, k, v: plain(q, k, v, mask)), "float32")
+
+
+@pytest.mark.parametrize("holes", [(), ((0, 4), (1, 2))])
+@pytest.mark.parametrize(("groups", "shared"), [(1, 3), (2, 2)])
+@pytest.mark.usefixtures("cut")
+def test_grouped_queries_attend_as_if_their_keys_were_repeated(holes, groups, shared, assert_close):
+    operands, mask = grouped(groups, shared), with_holes(*holes)
+    got = output_and_pull(operands, groups * shared, jnp.asarray(mask) if holes else None)
+    assert_close(got, reference_of_groups(operands, groups, shared, mask), "float32")
+
+
+@pytest.mark.parametrize("holes", [(), ((0, 4), (1, 2))])
+@pytest.mark.parametrize(("groups", "shared", "window"), [(2, 1, 3), (2, 2, 2), (2, 2, 5)])
+@pytest.mark.usefixtures("cut")
+def test_a_window_ends_with_the_query_and_hides_what_is_before(
+    holes, groups, shared, window, assert_close
+):
+    operands, mask = grouped(groups, shared), with_holes(*holes)
+    got = output_and_pull(operands, groups * shared, jnp.asarray(mask) if holes else None, window)
+    assert_close(got, reference_of_groups(operands, groups, shared, mask, window), "float32")
+
+
+@pytest.mark.usefixtures("cut")
+def test_a_window_of_one_token_gives_its_value():
+    operands = grouped(2, 2)
+    out, pulled = output_and_pull(operands, 4, None, 1)
+    np.testing.assert_array_equal(out, repeated(operands[2], 2, 2))
+    for of_scores in pulled[:2]:
+        np.testing.assert_array_equal(of_scores, np.zeros_like(of_scores))
+    np.testing.assert_allclose(pulled[2], summed(operands[3], 2, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [T, T + 1, 10**9])
+@pytest.mark.usefixtures("cut")
+def test_a_window_as_long_as_the_sequence_is_none(window):
+    attend = jax.jit(causal_attention, static_argnums=(3, 5))
+    got, expected = (attend(QUERY, KEY, VALUE, H, None, w) for w in (window, None))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.usefixtures("cut")
+def test_query_whose_window_is_padding_attends_evenly_to_its_window(assert_close):
+    mask = jnp.asarray(with_holes((0, slice(0, 4))))
+    got, pulled = output_and_pull((QUERY, KEY, VALUE, QUERY), H, mask, 2)
+    expected = np.stack([VALUE[0, 0], *(VALUE[0, t - 1 : t + 1].mean(0) for t in (1, 2, 3))])
+    assert_close(np.asarray(got)[0, :4], expected, "float32")
+    np.testing.assert_array_equal(got[0, 4], VALUE[0, 4])
+    assert all(np.isfinite(leaf).all() for leaf in pulled)
 
 
 @pytest.mark.usefixtures("cut")
@@ -115,15 +213,61 @@ def test_scores_of_a_long_sequence_are_never_there_at_once():
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the GPU's default device is asked")
 def test_flash_attention_of_gpus_is_not_asked_for_elsewhere():
     half = jnp.zeros((1, 128, 128), jnp.bfloat16)
-    assert not attention._cudnn_takes(half, 2)
+    assert not attention._cudnn_takes(half, half, 2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_library_attention_is_called_so_that_it_means_the_same(masked, assert_close):
+@pytest.mark.parametrize(("groups", "window"), [(4, None), (1, None), (2, 1), (4, 3), (2, 7)])
+def test_library_attention_is_called_so_that_it_means_the_same(
+    masked, groups, window, assert_close
+):
     implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    sizes = (2, 8, 2, 16)
-    query, key, value = (jnp.asarray(RNG.normal(size=sizes), jnp.bfloat16) for _ in range(3))
-    mask = jnp.ones((2, 8)).at[0, 5:].set(0).at[1, 3].set(0) if masked else None
-    got = attention._library_attention(query, key, value, mask, implementation)
-    flat = (a.astype(jnp.float32).reshape(2, 8, 32) for a in (query, key, value))
-    assert_close(got.astype(jnp.float32), causal_attention(*flat, 2, mask), "bfloat16")
+    operands = [RNG.normal(size=(2, 8, heads, 16)) for heads in (4, groups, groups)]
+    half = [jnp.asarray(a, jnp.bfloat16) for a in operands]
+    mask = np.ones((2, 8), np.float32)
+    if masked:
+        mask[0, 5:] = mask[1, 3] = 0
+
+    @jax.jit
+    def both(*half):
+        given = jnp.asarray(mask) if masked else None
+        flat = (a.astype(jnp.float32).reshape(2, 8, -1) for a in half)
+        theirs = attention._library_attention(*half, given, window, implementation)
+        return theirs.astype(jnp.float32), causal_attention(*flat, 4, given, window)
+
+    got, expected = map(np.array, both(*half))
+    # What a query makes of padding alone is its implementation's.
+    before = np.arange(8)[:, None] - np.arange(8)[None]
+    near = (before >= 0) & (before < (window or 8))
+    blind = ~(near[None] & (mask[:, None] > 0)).any(-1)
+    got[blind] = expected[blind] = 0
+    assert_close(got, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize(("groups", "shared"), [(1, 3), (2, 2)])
+def test_a_new_token_attends_as_the_last_of_its_sequence_whatever_lies_behind(
+    window, groups, shared, assert_close
+):
+    query, key, value, _ = grouped(groups, shared)
+    positions, rows, heads = np.array([3, 6]), np.arange(B), groups * shared
+    late = np.arange(T)[None] > positions[:, None]
+    keys, values = (np.where(late[..., None], np.float32(1e4), a) for a in (key, value))
+
+    @jax.jit
+    def both(query, new, keys, values, positions):
+        got = cached_attention(new, keys, values, heads, positions, window)
+        return got, causal_attention(query, key, value, heads, None, window)
+
+    got, every = both(query, query[rows, positions][:, None], keys, values, positions)
+    assert_close(got, np.asarray(every)[rows, positions][:, None], "float32")
+
+
+def test_a_new_token_in_half_precision_has_its_softmax_in_float32(assert_close):
+    operands = [jnp.asarray(a, jnp.bfloat16) for a in grouped(2, 2)[:3]]
+    attend = jax.jit(cached_attention, static_argnums=3)
+    got = attend(operands[0][:, -1:], *operands[1:], 4, jnp.full((B,), T - 1))
+    assert got.dtype == jnp.bfloat16
+    query, key, value = (np.asarray(a, np.float32) for a in operands)
+    expected = reference(WHOLE, query, repeated(key, 2, 2), repeated(value, 2, 2), heads=4)
+    assert_close(got.astype(jnp.float32), expected[:, -1:], "bfloat16")

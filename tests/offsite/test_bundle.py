@@ -16,13 +16,13 @@ import pytest
 import tokenizers
 
 from gradot_jax.errors import InputError
+from gradot_jax.files import safetensors
 from gradot_jax.files.safetensors import iterate_tensors, write_tensors
 from gradot_jax.models.checkpoint import load_model, save_model
 from gradot_jax.models.opt.block import LAYOUT
 from gradot_jax.models.params import count_params, layers_at
 from gradot_jax.models.run import forward
 from gradot_jax.models.split import AdapterSpec, adapter_of
-from gradot_jax.offsite import sealed_folder
 from gradot_jax.offsite.adapter_file import load_adapter, save_adapter
 from gradot_jax.offsite.bundle import receive, ship
 from gradot_jax.offsite.card import count_parameters
@@ -67,7 +67,7 @@ def test_an_emulator_on_the_host_is_written_as_one_on_a_device(case, written, on
 
 def test_one_tensor_at_a_time_is_cast_and_written(case, tmp_path, monkeypatch):
     cast, alive = [], []
-    original = sealed_folder._cast
+    original = safetensors.cast_finite
 
     def follow(*arguments):
         array = original(*arguments)
@@ -75,7 +75,7 @@ def test_one_tensor_at_a_time_is_cast_and_written(case, tmp_path, monkeypatch):
         cast.append(weakref.ref(array))
         return array
 
-    monkeypatch.setattr(sealed_folder, "_cast", follow)
+    monkeypatch.setattr(safetensors, "cast_finite", follow)
     case.write(tmp_path / "bundle", dtype="float16")
     assert len(cast) > 20 and max(alive) <= 1
 

@@ -69,7 +69,7 @@ MANIFEST_CHANGES = {
     "config key": (_set("config", "auto_map", {}), "auto_map"),
     "config null": (_set("config", "ffn_dim", None), "ffn_dim"),
     "architecture": (_set("config", "architectures", ["Evil"]), "architectures"),
-    "model type": (_set("config", "model_type", "llama"), "model_type"),
+    "model type": (_set("config", "model_type", "gemma"), "model_type"),
     "activation": (_set("config", "activation_function", "__import__"), "activation_function"),
     "no heads": (_set("config", "num_attention_heads", 0), "num_attention_heads"),
     "huge ffn_dim": (_set("config", "ffn_dim", HUGE), "ffn_dim"),

@@ -4,7 +4,7 @@ Layers are compared on the owner's public text, where the published system reads
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,7 +24,7 @@ from gradot_jax.methods.problem import Outcome, Problem, whole_layer
 from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Params, layers_at
 from gradot_jax.models.partition import place_batch
-from gradot_jax.models.run import apply_layer, embed
+from gradot_jax.models.run import apply_layer, embed, runs
 from gradot_jax.models.split import AdapterSpec, LayerMap
 from gradot_jax.parallel import to_host
 from gradot_jax.progress import track
@@ -170,7 +170,10 @@ def pooled_hidden_states(problem: Problem) -> jax.Array:
         InputError: without any such sequence.
     """
     parts, count = [], 0
-    for mask, pooled in _pooled_batches(problem):
+    for batch in track(problem.batches, "hidden states", enabled=problem.progress):
+        batch = place_batch(batch, problem.mesh)
+        pooled = _pooled(problem.config, problem.params, batch.input_ids, batch.attention_mask)
+        mask, pooled = to_host((batch.attention_mask, pooled))
         rows = np.flatnonzero(mask.any(1))[: MAX_SEQUENCES - count]
         parts.append(pooled[:, rows])
         count += len(rows)
@@ -179,13 +182,6 @@ def pooled_hidden_states(problem: Problem) -> jax.Array:
     if not count:
         raise InputError("crash compares layers on calibration text: it needs a batch with a token")
     return jnp.concatenate(parts, axis=1)
-
-
-def _pooled_batches(problem: Problem) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for batch in track(problem.batches, "hidden states", enabled=problem.progress):
-        batch = place_batch(batch, problem.mesh)
-        mask = batch.attention_mask
-        yield to_host((mask, _pooled(problem.config, problem.params, batch.input_ids, mask)))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -199,14 +195,15 @@ def _pooled(
     def pool(hidden: jax.Array) -> jax.Array:
         return jnp.einsum("bt,btd->bd", weights, hidden.astype(jnp.float32), precision="highest")
 
-    def step(hidden, block):
-        hidden = apply_layer(config, block, hidden, mask)
-        return hidden, pool(hidden)
-
     hidden = embed(config, params.shell, input_ids, mask)
     layers = []
-    for segment in params.segments:
-        hidden, pooled = jax.lax.scan(step, hidden, segment)
+    for run, window in runs(config, params.segments):
+
+        def step(hidden, block, window=window):
+            hidden = apply_layer(config, block, hidden, mask, window=window)
+            return hidden, pool(hidden)
+
+        hidden, pooled = jax.lax.scan(step, hidden, run)
         layers.append(pooled)
     outputs = jnp.concatenate(layers)
     return outputs.at[-1].set(pool(config.family.final_norm(config, params.shell, hidden)))

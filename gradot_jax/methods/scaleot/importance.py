@@ -32,13 +32,7 @@ def layer_groups(num_layers: int, group_size: int) -> np.ndarray:
 def sample_network(key: jax.Array, importance: jax.Array, group_size: int) -> jax.Array:
     """Which layers run raw in a network drawn by importance; in each group half do, rounded down.
 
-    Args:
-        key: of the draw.
-        importance: `[L]`.
-        group_size: layers of a group.
-
-    Returns:
-        `[L]` booleans, true where raw.
+    Booleans `[L]`, true where raw, from importance `[L]`.
     """
     chex.assert_rank(importance, 1)
     draws = jax.random.uniform(key, importance.shape) * jax.nn.sigmoid(importance)

@@ -24,9 +24,9 @@ from gradot_jax.methods.options import ScaleOTOptions
 from gradot_jax.methods.problem import Problem
 from gradot_jax.methods.scaleot.importance import sample_network, update_importance
 from gradot_jax.models.family import ModelConfig
-from gradot_jax.models.params import Params
+from gradot_jax.models.params import Params, depth
 from gradot_jax.models.partition import place, place_batch
-from gradot_jax.models.run import apply_layer, embed, head
+from gradot_jax.models.run import apply_layer, embed, head, runs
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.harmonizer import Harmonizer, harmonize
 from gradot_jax.nn.linear import Dense
@@ -34,7 +34,7 @@ from gradot_jax.nn.loss import token_log_likelihood
 from gradot_jax.parallel import DeviceMesh, to_host
 from gradot_jax.training.adapter import descend
 from gradot_jax.training.loop import DivergenceError, StepMetrics, run_training
-from gradot_jax.training.optimizer import current_learning_rate, make_optimizer
+from gradot_jax.training.optimizer import current_learning_rate, shared_optimizer
 from gradot_jax.training.public_text import shuffled_epochs
 
 INIT_STD = 0.02
@@ -61,13 +61,7 @@ class ReplaceState(NamedTuple):
 
 
 def init_harmonizers(config: ModelConfig, rank: int, key: jax.Array) -> Harmonizer:
-    """A stack of harmonizers that are the identity, one for each layer; float32.
-
-    Args:
-        config: of the model.
-        rank: R, their width.
-        key: of the down projections.
-    """
+    """A stack of harmonizers that are the identity, one for each layer; float32."""
     layers, width = config.num_hidden_layers, config.hidden_size
     return Harmonizer(
         down=Dense(
@@ -92,19 +86,24 @@ def summed_network_loss(
     """
     mask = batch.attention_mask
 
-    # One branch alone is computed. A conditional keeps what the backward pass needs of both, so
-    # that is recomputed instead.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def layer(hidden, weights):
-        block, harmonizer, runs_raw = weights
-        return jax.lax.cond(
-            runs_raw,
-            lambda: apply_layer(config, block, hidden, mask),
-            lambda: harmonize(harmonizer, hidden),
-        ), None
-
     hidden = embed(config, model.shell, batch.input_ids, mask).astype(jnp.float32)
-    hidden, _ = jax.lax.scan(layer, hidden, (model.segments[0], harmonizers, raw))
+    start = 0
+    for run, window in runs(config, model.segments):
+        # One branch alone is computed. A conditional keeps what the backward pass needs of both,
+        # so that is recomputed instead.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def layer(hidden, weights, window=window):
+            block, harmonizer, runs_raw = weights
+            return jax.lax.cond(
+                runs_raw,
+                lambda: apply_layer(config, block, hidden, mask, window=window),
+                lambda: harmonize(harmonizer, hidden),
+            ), None
+
+        stop = start + depth(run)
+        beside = jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], (harmonizers, raw))
+        hidden, _ = jax.lax.scan(layer, hidden, (run, *beside))
+        start = stop
     logits = head(config, model.shell, hidden)
     counted = batch.loss_mask.astype(jnp.float32)
     return -(token_log_likelihood(logits, batch.targets) * counted).sum(), counted.sum()
@@ -183,7 +182,12 @@ def train_harmonizers(
         Interrupted: when a signal stopped the training; its state is saved.
     """
     config, mesh, options = problem.config, problem.mesh, problem.options.scaleot
-    optimizer = _optimizer(options.learning_rate, options.steps)
+    optimizer = shared_optimizer(
+        learning_rate=options.learning_rate,
+        num_steps=options.steps,
+        schedule="constant",
+        weight_decay=WEIGHT_DECAY,
+    )
     text = _stacked([batch for batch in validation if np.any(batch.loss_mask)], mesh)
 
     def step(state: ReplaceState, batch: Batch) -> tuple[ReplaceState, StepMetrics]:
@@ -225,17 +229,6 @@ def _stacked(batches: Sequence[Batch], mesh: DeviceMesh | None) -> Batch:
         raise InputError(f"scaleot: batches must have one shape, got {sorted(shapes)}")
     placed = [place_batch(batch, mesh) for batch in batches]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *placed)
-
-
-@functools.cache
-def _optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    """One object per setting, so that equal runs share a compiled step."""
-    return make_optimizer(
-        learning_rate=learning_rate,
-        num_steps=num_steps,
-        schedule="constant",
-        weight_decay=WEIGHT_DECAY,
-    )
 
 
 def _identity(problem: Problem) -> dict[str, Any]:

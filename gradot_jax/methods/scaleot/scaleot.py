@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradot_jax.compression.budget import rank_pool
+from gradot_jax.compression.budget import rank_pool, rounded_up
 from gradot_jax.compression.plan import HarmonizerPlan, HarmonizerShape, LayerPlan, LayerShape
 from gradot_jax.compression.rank import cut_rank
 from gradot_jax.errors import InputError
@@ -87,12 +87,7 @@ def compress(problem: Problem) -> Outcome:
 
 
 def replace_layers(problem: Problem, harmonizers: Harmonizer, importance: np.ndarray) -> Outcome:
-    """The emulator's middle from what was learnt.
-
-    Args:
-        problem: what is to be compressed; its text is not read.
-        harmonizers: stack over all layers.
-        importance: `[L]`.
+    """The emulator's middle from harmonizers and importance `[L]` of all layers; no text is read.
 
     Raises:
         InputError: when no number of harmonizers meets the budget.
@@ -100,7 +95,10 @@ def replace_layers(problem: Problem, harmonizers: Harmonizer, importance: np.nda
     options, num_layers = problem.options, len(importance)
     number = _number_replaced(problem)
     blocks = _one_stack(problem.params).segments[0]
-    split = problem.split if options.adapter == "sandwich" else _own_split(problem, importance)
+    split = problem.split
+    if options.adapter == "own":
+        most_important = np.argsort(-importance, kind="stable")[: split.num_blocks]
+        split = AdapterSpec.of_layers(tuple(map(int, most_important)), num_layers)
     middle = split.middle_layers(num_layers)
     chosen = layers_to_replace(importance[list(middle)], number, options.scaleot.group_size)
     replaced = [middle[index] for index in chosen]
@@ -164,7 +162,7 @@ def num_replaced(
     stored = [n * harmonizer + (num_layers - n) * kept for n in range(num_layers + 1)]
     allowed = options.budget * num_layers * whole + 1e-9
     if min(stored) > allowed:
-        least = math.ceil(1e4 * min(stored) / (num_layers * whole)) / 1e4
+        least = rounded_up(min(stored) / (num_layers * whole))
         raise InputError(
             f"scaleot: budget = {options.budget} cannot be met, with harmonizer_rank = "
             f"{options.scaleot.harmonizer_rank} the emulator stores at least {least} of the "
@@ -192,12 +190,6 @@ def _one_stack(params: Params) -> Params:
     return Params(params.shell, (concatenate_blocks(params.segments),))
 
 
-def _own_split(problem: Problem, importance: np.ndarray) -> AdapterSpec:
-    order = np.argsort(-importance, kind="stable")
-    own = tuple(map(int, order[: problem.split.num_blocks]))
-    return AdapterSpec.of_layers(own, len(importance))
-
-
 def _layer_map(split: AdapterSpec, num_layers: int) -> LayerMap:
     stored = iter(range(num_layers))
     between = range(split.num_bottom, num_layers - split.num_top)
@@ -205,7 +197,7 @@ def _layer_map(split: AdapterSpec, num_layers: int) -> LayerMap:
 
 
 def _harmonizer(harmonizers: Harmonizer, blocks: Block, layer: int) -> tuple[HarmonizerPlan, Layer]:
-    dtype = jax.tree.leaves(blocks)[0].dtype
+    dtype = getattr(blocks, blocks.layout.channels.out).kernel.dtype
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf[layer], dtype), harmonizers)
     return HarmonizerPlan(layer=layer, rank=single.down.shape[1]), single
 

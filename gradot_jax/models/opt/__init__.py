@@ -5,7 +5,7 @@ from gradot_jax.models.opt import block
 from gradot_jax.models.opt.config import OPTConfig
 
 OPT = OPTConfig.family = Family(
-    name="opt",
+    model_types=("opt",),
     label="OPT",
     read_config=OPTConfig.from_hf,
     layout=block.LAYOUT,
@@ -16,8 +16,10 @@ OPT = OPTConfig.family = Family(
     shell_shapes=block.shell_shapes,
     init=block.init,
     embed=block.embed,
-    apply_block=block.apply_block,
+    project=block.project,
+    finish=block.finish,
     final_norm=block.final_norm,
     head_operands=block.head_operands,
     describe=block.describe,
+    begins_documents=True,
 )

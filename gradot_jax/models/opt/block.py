@@ -5,20 +5,22 @@ and pruned MLPs need no configuration of their own.
 """
 
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gradot_jax.curvature.tap import BlockTaps, TappedMaps
-from gradot_jax.models.opt.config import OPTConfig
-from gradot_jax.nn.attention import causal_attention
+from gradot_jax.curvature.tap import TappedMaps
+from gradot_jax.nn.attention import Projected
 from gradot_jax.nn.dtypes import cast
-from gradot_jax.nn.layout import Channels, Layout, Site
+from gradot_jax.nn.layout import Channels, Layout, Site, shaped
 from gradot_jax.nn.linear import Dense, Linear, linear
 from gradot_jax.nn.norm import LayerNorm, layer_norm
+
+if TYPE_CHECKING:
+    from gradot_jax.models.opt.config import OPTConfig
 
 LAYOUT = Layout(
     sites=(
@@ -93,27 +95,27 @@ class Shell:
     lm_head: jax.Array | None
 
 
-def canonical_name(name: str) -> str:
-    """The full name of a tensor that some checkpoints store without the leading `model.`."""
-    return f"model.{name}" if name.startswith("decoder.") else name
+def canonical_name(name: str) -> str | None:
+    """The full name of a tensor that some checkpoints store without the leading `model.`.
+
+    None for the version number that old ones store.
+    """
+    name = f"model.{name}" if name.startswith("decoder.") else name
+    return None if name == "model.decoder.version" else name
 
 
-def _shape(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _norm_shapes(config: OPTConfig) -> LayerNorm:
+def _norm_shapes(config: "OPTConfig") -> LayerNorm:
     if not config.layer_norm_elementwise_affine:
         return LayerNorm(None, None)
-    return LayerNorm(_shape(config.hidden_size), _shape(config.hidden_size))
+    return LayerNorm(shaped(config.hidden_size), shaped(config.hidden_size))
 
 
-def block_shapes(config: OPTConfig) -> Block:
+def block_shapes(config: "OPTConfig") -> Block:
     """One dense block as shapes without arrays."""
     width, ffn = config.hidden_size, config.ffn_dim
 
     def dense(d_in: int, d_out: int) -> Dense:
-        return Dense(_shape(d_in, d_out), _shape(d_out) if config.enable_bias else None)
+        return Dense(shaped(d_in, d_out), shaped(d_out) if config.enable_bias else None)
 
     return Block(
         self_attn_layer_norm=_norm_shapes(config),
@@ -124,21 +126,21 @@ def block_shapes(config: OPTConfig) -> Block:
     )
 
 
-def shell_shapes(config: OPTConfig) -> Shell:
+def shell_shapes(config: "OPTConfig") -> Shell:
     """The shell as shapes without arrays."""
     width, embed, vocabulary = config.hidden_size, config.word_embed_proj_dim, config.vocab_size
     projected = config.has_projection
     return Shell(
-        embed_tokens=_shape(vocabulary, embed),
-        embed_positions=_shape(config.max_position_embeddings + 2, width),
-        project_in=Dense(_shape(embed, width), None) if projected else None,
-        project_out=Dense(_shape(width, embed), None) if projected else None,
+        embed_tokens=shaped(vocabulary, embed),
+        embed_positions=shaped(config.max_position_embeddings + 2, width),
+        project_in=Dense(shaped(embed, width), None) if projected else None,
+        project_out=Dense(shaped(width, embed), None) if projected else None,
         final_layer_norm=_norm_shapes(config) if config.has_final_layer_norm else None,
-        lm_head=None if config.tie_word_embeddings else _shape(embed, vocabulary),
+        lm_head=None if config.tie_word_embeddings else shaped(embed, vocabulary),
     )
 
 
-def init(config: OPTConfig, key: jax.Array, dtype: DTypeLike) -> tuple[Shell, Block]:
+def init(config: "OPTConfig", key: jax.Array, dtype: DTypeLike) -> tuple[Shell, Block]:
     """Fresh weights: normal with `init_std`, the residual outputs smaller by `(2 L)^-1/2`."""
     layers, shapes, shell = config.num_hidden_layers, block_shapes(config), shell_shapes(config)
     keys = iter(jax.random.split(key, 16))
@@ -168,55 +170,41 @@ def init(config: OPTConfig, key: jax.Array, dtype: DTypeLike) -> tuple[Shell, Bl
 
 
 def embed(
-    config: OPTConfig,
+    config: "OPTConfig",
     shell: Shell,
     input_ids: jax.Array,
-    mask: jax.Array | None = None,
+    positions: jax.Array,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Token plus position embeddings `[B, T, D]`, the start of the residual stream.
 
-    Positions count the unmasked tokens so far, as in Hugging Face; padding reads row 1. All that
-    follows is computed in `dtype`, by default that of the stored embedding.
+    Position t reads row t + 2, padding row 1. All that follows is computed in `dtype`, by default
+    that of the stored embedding.
     """
     del config
     dtype = shell.embed_tokens.dtype if dtype is None else dtype
     tokens = shell.embed_tokens[input_ids].astype(dtype)
     if shell.project_in is not None:
         tokens = linear(cast(shell.project_in, dtype), tokens)
-    if mask is None:
-        positions = jnp.arange(input_ids.shape[1])[None] + 2
-    else:
-        mask = mask.astype(jnp.int32)
-        positions = jnp.cumsum(mask, axis=1) * mask + 1
-    return tokens + shell.embed_positions[positions].astype(dtype)
+    return tokens + shell.embed_positions[positions + 2].astype(dtype)
 
 
-def apply_block(
-    config: OPTConfig,
-    block: Block,
-    hidden: jax.Array,
-    mask: jax.Array | None = None,
-    taps: BlockTaps | None = None,
-) -> jax.Array:
-    """One decoder block on the residual stream `[B, T, D]`.
+def project(
+    config: "OPTConfig", maps: TappedMaps, hidden: jax.Array, positions: jax.Array | None
+) -> Projected:
+    """What attention reads, from the residual stream `[B, T, D]`; see `Family.project`."""
+    del positions
+    if config.do_layer_norm_before:
+        hidden = layer_norm(maps.block.self_attn_layer_norm, hidden)
+    x = maps.read("self_attn", hidden)
+    return Projected(*(maps.apply(site, x) for site in ("q_proj", "k_proj", "v_proj")))
 
-    Args:
-        config: the model's variant; its sizes are not read.
-        block: weights without a layer axis, in the dtype of `hidden`.
-        hidden: `[B, T, D]`.
-        mask: `[B, T]`, or None when every token is real.
-        taps: zeros whose cotangents are the Kronecker factors, summed over tokens; None for none.
-    """
-    maps = TappedMaps(block, mask, taps)
+
+def finish(config: "OPTConfig", maps: TappedMaps, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+    """The rest of a block: `[B, T, D]` from its input and what attention mixed, `[B, T, D]`."""
+    block, pre = maps.block, config.do_layer_norm_before
     activation = jax.nn.relu if config.activation_function == "relu" else _gelu
-    pre = config.do_layer_norm_before
-
-    x = layer_norm(block.self_attn_layer_norm, hidden) if pre else hidden
-    x = maps.read("self_attn", x)
-    q, k, v = (maps.apply(site, x) for site in ("q_proj", "k_proj", "v_proj"))
-    x = causal_attention(q, k, v, config.num_attention_heads, mask)
-    hidden = hidden + maps.apply("out_proj", maps.read("out_proj", x))
+    hidden = hidden + maps.apply("out_proj", maps.read("out_proj", mixed))
     if not pre:
         hidden = layer_norm(block.self_attn_layer_norm, hidden)
 
@@ -229,7 +217,7 @@ def apply_block(
 _gelu = partial(jax.nn.gelu, approximate=False)
 
 
-def final_norm(config: OPTConfig, shell: Shell, hidden: jax.Array) -> jax.Array:
+def final_norm(config: "OPTConfig", shell: Shell, hidden: jax.Array) -> jax.Array:
     """The norm after the last block, where there is one; `[B, T, D]`."""
     del config
     if shell.final_layer_norm is None:
@@ -238,15 +226,9 @@ def final_norm(config: OPTConfig, shell: Shell, hidden: jax.Array) -> jax.Array:
 
 
 def head_operands(
-    config: OPTConfig, shell: Shell, hidden: jax.Array
+    config: "OPTConfig", shell: Shell, hidden: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What the head multiplies: its input `[B, T, E]` and its kernel `[E, V]`, in one dtype.
-
-    Args:
-        config: the model's variant.
-        shell: of the model, in any dtype.
-        hidden: the residual stream after the last block, `[B, T, D]`.
-    """
+    """What the head multiplies: its input `[B, T, E]` and its kernel `[E, V]`, in one dtype."""
     kernel = shell.embed_tokens.T if shell.lm_head is None else shell.lm_head
     hidden = final_norm(config, shell, hidden)
     if shell.project_out is not None:
@@ -254,7 +236,7 @@ def head_operands(
     return hidden, kernel.astype(hidden.dtype)
 
 
-def describe(config: OPTConfig) -> str:
+def describe(config: "OPTConfig") -> str:
     """The configuration in a line."""
     norms = "before" if config.do_layer_norm_before else "after"
     return (

@@ -1,6 +1,7 @@
 """Configuration of an OPT model, read strictly from a Hugging Face `config.json`."""
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from gradot_jax.errors import InputError
@@ -36,10 +37,12 @@ class OPTConfig:
         pad_token_id: padding.
         bos_token_id: begins every document.
         eos_token_id: ends one.
+        source: JSON of the file that it was read from, whose other fields are carried over.
     """
 
     family: ClassVar["Family"]
     """Set where the family is put together, in `gradot_jax.models.opt`."""
+    windows: ClassVar[tuple[None]] = (None,)
 
     vocab_size: int = 50272
     hidden_size: int = 768
@@ -58,10 +61,11 @@ class OPTConfig:
     pad_token_id: int = 1
     bos_token_id: int = 2
     eos_token_id: int = 2
+    source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Checks types, ranges and divisibility; raises InputError."""
-        for field in dataclasses.fields(self):
+        for field in self._read():
             value = getattr(self, field.name)
             kind = type(field.default)
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -81,6 +85,18 @@ class OPTConfig:
                 f"OPT config: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise InputError(
+                    f"OPT config: {name} is {getattr(self, name)}, expected a token of the "
+                    f"vocabulary of {self.vocab_size}"
+                )
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Each of them ends a text."""
+        return (self.eos_token_id,)
 
     @property
     def has_projection(self) -> bool:
@@ -105,17 +121,22 @@ class OPTConfig:
         if model_type != "opt":
             raise InputError(f"{where}: model_type is {model_type!r}, expected 'opt'")
         fields = {}
-        for field in dataclasses.fields(cls):
+        for field in cls._read():
             value = values.get(_HF_NAMES.get(field.name, field.name))
             if value is not None:
                 fields[field.name] = value
         fields.setdefault("word_embed_proj_dim", fields.get("hidden_size", cls.hidden_size))
         try:
-            return cls(**fields)
+            return cls(**fields, source=json.dumps(values))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that transformers reads as this model."""
-        values = {_HF_NAMES.get(k, k): v for k, v in dataclasses.asdict(self).items()}
-        return {"architectures": ["OPTForCausalLM"], "model_type": "opt", **values}
+        own = {_HF_NAMES.get(f.name, f.name): getattr(self, f.name) for f in self._read()}
+        kind = {"architectures": ["OPTForCausalLM"], "model_type": "opt"}
+        return {**json.loads(self.source), **kind, **own}
+
+    @classmethod
+    def _read(cls) -> list[dataclasses.Field]:
+        return [field for field in dataclasses.fields(cls) if field.compare]
