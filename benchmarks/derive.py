@@ -89,6 +89,4 @@ def _step(record: Record, every: Record | None) -> Record:
     if every is not None:
         step["speedup"] = record["tokens_per_second"] / every["tokens_per_second"]
         step["memory_reduction"] = program_bytes(every["program"]) / step["program_bytes"]
-        # The peak of an accelerator is that of all phases so far.
-        step["peak_reduction"] = every["peak_bytes"] / record["peak_bytes"]
     return step

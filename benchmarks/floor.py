@@ -9,27 +9,31 @@ in or hand out once; what lies between may stay in cache, and biases and norms a
 rates are measured in the same run (`harness.measure_rates`).
 
 With N = B T tokens in a batch, S batches, L blocks of which M are the middle, P the top adapter
-and A the adapter, W = 4 D^2 + 2 D F weights in a block, E its entries of factors, and c bytes a
-number of the workload's dtype (2 in bfloat16):
+and A the adapter, W weights in the linear maps of a block, Q the width of all queries, E entries
+of a block's factors and e rows, and c bytes a number of the workload's dtype (2 in bfloat16):
 
-    products                        FLOPs
-    block, forward                  2 N W + 4 N T D
-    block, gradient of inputs       2 N W + 8 N T D
-    block, gradient of weights      2 N W
-    block, Kronecker factors        2 N E             exact, E = 8 D^2 + 2 F^2
-    the same, each pair once        N (E + 8 D + 2 F) exact
-    head, each of the three         2 N D V
-    decomposition of a matrix       20/3 D^3          exact
-    scores of a block               16 D^3 + 4 D^2 F  exact
+    products                          FLOPs
+    block, forward                    2 N W + 4 N T Q
+    block, gradient of inputs         2 N W + 8 N T Q
+    block, gradient of weights        2 N W
+    block, Kronecker factors          2 N E                              exact
+    the same, each pair once          N (E + e)                          exact
+    head, each of the three           2 N D V
+    decomposition of [m, n], m >= n   min(8 m n^2 - 4/3 n^3,
+                                          6 m n^2 + 4 n^3)               exact
+    scores of components, [m, n]      2 n (m^2 + n^2)                    exact
+    scores of channels                2 F D^2 for each map               exact
 
     phase                FLOPs                               bytes
     gradient             L blocks and head, all three        2 c (L W + D V)
     calibration forward  S (L blocks, forward; P blocks and  c (L W + D V + 2 S L N D)
                          head, inputs)
-    factor sweep         S M (block but fc2, forward;        M (c W + 3 c S N D + 4 E)
-                         block, inputs; factors)
-    decomposition        4 matrices                          4 * 12 D^2
-    selection            scores of a block                   4 (W + E + 8 D^2) + 4 W'
+    factor sweep         S M (block but the map out of the   M (c W + 3 c S N D + 4 E)
+                         channels, forward; block, inputs;
+                         factors)
+    decomposition        low-rank maps                       4 (2 m n + n^2) of each
+    selection            scores of a block                   4 (W + E + W') and
+                                                             4 n (m + n) of each
     compress             those four, the last two M times    the same
     packaging            none                                2 c (all weights of the bundle)
     step, emulator       L blocks, head: forward, inputs;    c (frozen weights) + 4 * 6 A W
@@ -37,19 +41,29 @@ number of the workload's dtype (2 in bfloat16):
     step, full           the same around M original blocks   the same
     step, all            gradient                            4 * 6 (L W + D V)
 
+Sites that read one input share its factor: with G K the width of keys and values,
+
+    OPT                  W = 4 D^2 + 2 D F                   E = 8 D^2 + 2 F^2
+    Llama                W = 2 D Q + 2 D G K + 3 D F         E = 4 D^2 + 2 Q^2 + 2 (G K)^2 + 3 F^2
+
 All T^2 pairs of attention count. The steps' bytes are those of AdamW: a weight and two moments in
-and out, in float32. A map of the emulator with rank R has 2 D R weights, an MLP with C channels
-2 D C; W' is the weights of a compressed block. The decomposition counts what any algorithm by
-bidiagonalisation pays: 8/3 D^3 for the bidiagonal form and 2 D^3 for each orthogonal factor
-applied back (Golub and Van Loan, sections 5.4 and 8.6).
+and out, in float32. A map of the emulator with rank R has R (m + n) weights; W' is the weights of
+a compressed block. The decomposition counts what any algorithm by bidiagonalisation pays (Golub
+and Van Loan, sections 5.4 and 8.6), of the matrix itself or of the triangle of its QR: for the
+bidiagonal form 4 m n^2 - 4/3 n^3, for the orthogonal factors applied back 4 m n^2 - 2 n^3 and
+2 n^3.
 """
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks.workloads import Workload
-from gradot_jax.compression.budget import rank_pool
+from gradot_jax.models.family import channel_count
+from gradot_jax.models.tensors import layer_shapes
+from gradot_jax.nn.layout import Block, maps
 
 _EXACT = 4
 """Bytes of a float32."""
@@ -101,21 +115,40 @@ def floor_seconds(cost: Cost, rates: dict[str, float], *, symmetric: bool = Fals
 
 def block_weights(workload: Workload) -> int:
     """W, weights of the linear maps of one original block."""
-    width, ffn = workload.config.hidden_size, workload.config.ffn_dim
-    return 4 * width * width + 2 * width * ffn
+    return _weights(_block(workload))
 
 
 def emulator_block_weights(workload: Workload) -> int:
     """W', weights of the linear maps of one compressed block."""
-    width = workload.config.hidden_size
-    dense = workload.rank >= rank_pool(width, width).cap
-    attention = width * width if dense else 2 * width * workload.rank
-    return 4 * attention + 2 * width * workload.num_channels
+    return _weights(layer_shapes(workload.config, workload.layer_shape))
 
 
 def factor_entries(workload: Workload) -> int:
-    """E, entries of a block's A and G; q, k and v share an A."""
-    return 8 * workload.config.hidden_size**2 + 2 * workload.config.ffn_dim**2
+    """E, entries of a block's A and G."""
+    return sum(width**2 for width in _factor_widths(workload))
+
+
+def _factor_widths(workload: Workload) -> list[int]:
+    """Of each A, one for all sites that read one input, and of each G."""
+    block = _block(workload)
+    sites = maps(block)
+    inputs = {site.reads: sites[site.name].shape[0] for site in block.layout.sites}
+    return [*inputs.values(), *(weights.shape[1] for weights in sites.values())]
+
+
+def low_rank_shapes(workload: Workload) -> list[tuple[int, int]]:
+    """`(m, n)`, m at least n, of the kernels of a block that are decomposed."""
+    block = _block(workload)
+    shapes = (maps(block)[site].shape for site in block.layout.low_rank)
+    return [(max(shape), min(shape)) for shape in shapes]
+
+
+def _block(workload: Workload) -> Block:
+    return workload.config.family.block_shapes(workload.config)
+
+
+def _weights(block: Block) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(maps(block)) if leaf.ndim == 2)
 
 
 def gradient_cost(workload: Workload) -> Cost:
@@ -139,36 +172,40 @@ def forward_cost(workload: Workload) -> Cost:
 def sweep_cost(workload: Workload, num_layers: int | None = None) -> Cost:
     """Calibration, backward: a block's inside, its input's gradient and its factors.
 
-    The block's own output is not needed, so the forward product of fc2 does not count.
+    The block's own output is not needed, so the forward product out of the channels does not
+    count.
 
     Args:
         workload: the shapes.
         num_layers: middle layers swept; None for all.
     """
-    width, ffn = workload.config.hidden_size, workload.config.ffn_dim
     weights, tokens, batches = block_weights(workload), workload.tokens, workload.num_batches
-    entries = factor_entries(workload)
-    stream = 3 * batches * tokens * width
+    entries, block = factor_entries(workload), _block(workload)
+    out = math.prod(maps(block)[block.layout.channels.out].shape)
+    stream = 3 * batches * tokens * workload.config.hidden_size
     layer = Cost(
-        flops=batches * (2 * tokens * (2 * weights - width * ffn) + 3 * _mixing(workload)),
+        flops=batches * (2 * tokens * (2 * weights - out) + 3 * _mixing(workload)),
         exact_flops=batches * 2 * tokens * entries,
-        symmetric_flops=batches * tokens * (entries + 8 * width + 2 * ffn),
+        symmetric_flops=batches * tokens * (entries + sum(_factor_widths(workload))),
         bytes=_itemsize(workload) * (weights + stream) + _EXACT * entries,
     )
     return layer * (workload.num_middle if num_layers is None else num_layers)
 
 
 def decomposition_cost(workload: Workload) -> Cost:
-    """Decomposition of the attention of one middle block."""
-    width = workload.config.hidden_size
-    return exact(4 * 20 * width**3 // 3, _EXACT * 4 * 3 * width**2)
+    """Decomposition of the low-rank maps of one middle block."""
+    shapes = low_rank_shapes(workload)
+    thirds = sum(min(24 * m - 4 * n, 18 * m + 12 * n) * n * n for m, n in shapes)
+    return exact(thirds // 3, _EXACT * sum(2 * m * n + n * n for m, n in shapes))
 
 
 def selection_cost(workload: Workload) -> Cost:
     """Scores of one middle block, its orders of keeping and the block cut to size."""
-    width, ffn = workload.config.hidden_size, workload.config.ffn_dim
-    flops = 16 * width**3 + 4 * width**2 * ffn
-    moved = block_weights(workload) + factor_entries(workload) + 8 * width**2
+    shapes, config = low_rank_shapes(workload), workload.config
+    num_maps = len(config.family.layout.channels.into) + 1
+    flops = sum(2 * n * (m * m + n * n) for m, n in shapes)
+    flops += 2 * num_maps * channel_count(config) * config.hidden_size**2
+    moved = block_weights(workload) + factor_entries(workload) + sum(n * (m + n) for m, n in shapes)
     return exact(flops, _EXACT * (moved + emulator_block_weights(workload)))
 
 
@@ -181,9 +218,10 @@ def compression_cost(workload: Workload) -> Cost:
 def packaging_cost(workload: Workload) -> Cost:
     """Writing the bundle: everything in it is read and written."""
     config = workload.config
-    middle = workload.num_middle * emulator_block_weights(workload)
-    shell = _head(workload) + (config.max_position_embeddings + 2) * config.hidden_size
-    weights = middle + workload.num_outer * block_weights(workload) + shell
+    shell = jax.tree.leaves(config.family.shell_shapes(config))
+    weights = workload.num_middle * emulator_block_weights(workload)
+    weights += workload.num_outer * block_weights(workload)
+    weights += sum(leaf.size for leaf in shell if leaf.ndim == 2)
     return Cost(bytes=2 * _itemsize(workload) * weights)
 
 
@@ -213,7 +251,11 @@ def _gradient_flops(workload: Workload) -> int:
 
 def _mixing(workload: Workload) -> int:
     """Products of attention between queries, keys and values; going back costs twice as much."""
-    return 4 * workload.tokens * workload.length * workload.config.hidden_size
+    block = _block(workload)
+    # Outside the MLP a map that is split by rows reads what attention mixed.
+    rows = {site.name for site in block.layout.sites if site.split == "row"}
+    (out,) = rows & {*block.layout.low_rank}
+    return 4 * workload.tokens * workload.length * maps(block)[out].shape[0]
 
 
 def _all_weights(workload: Workload) -> int:

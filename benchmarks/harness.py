@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.floor import Cost
 from benchmarks.workloads import Workload
 from gradot_jax.memory.process import peak_device_bytes, peak_rss_bytes
+from gradot_jax.models.family import channel_count
 
 ROOT = Path(__file__).parents[1]
 """Where commands are run, so that Python finds both packages."""
@@ -218,7 +219,8 @@ def measure_rates(workload: Workload) -> dict[str, Any]:
 
 def product_shapes(workload: Workload) -> list[tuple[int, int, int]]:
     """`(n, k, m)` of the workload's largest products, and a square that suits any machine."""
-    width, ffn, tokens = workload.config.hidden_size, workload.config.ffn_dim, workload.tokens
+    config, tokens = workload.config, workload.tokens
+    width, ffn = config.hidden_size, channel_count(config)
     square = 2048 if jax.default_backend() == "cpu" else 8192
     return [(square, square, square), (tokens, width, ffn), (ffn, tokens, ffn)]
 

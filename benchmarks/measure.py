@@ -33,8 +33,9 @@ RATES = "rates"
 
 STUDIES = {
     "memory": "memory:study",
-    "memory-whole": "memory:study_whole",
+    "memory-llama-1b": "memory:study_llama",
     "torch-step": "torch_step:study",
+    "torch-step-smollm2-135m": "torch_step:study_smollm2",
     "growth": "growth:study",
     "decomposition": "decomposition:study",
 }
@@ -44,8 +45,9 @@ growing record. They are loaded when they run, since one needs torch."""
 STUDY_SECONDS: dict[Suite, dict[str, float]] = {
     "cpu": {
         "memory": 300.0,
-        "memory-whole": 3600.0,
-        "torch-step": 240.0,
+        "memory-llama-1b": 900.0,
+        "torch-step": 300.0,
+        "torch-step-smollm2-135m": 900.0,
         "growth": 240.0,
         "decomposition": 120.0,
     },

@@ -1,4 +1,4 @@
-"""Memory at the shape of OPT-1.3B, which a CPU can hold though not run for long.
+"""Memory at the shapes of OPT-1.3B and Llama-3.2-1B, which a CPU can hold though not run for long.
 
 Three questions. Does the sweep need no more than one gradient with recomputation and the factors
 of two layers: as XLA lays the programs out, for the calibration's own text, and as a process
@@ -21,12 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.floor import block_weights, factor_entries
 from benchmarks.harness import ROOT, Phase, analysis, new_process, program_bytes, timed
 from benchmarks.phases import PHASES, lower_gradient, lower_step, lower_sweep
-from benchmarks.workloads import OPT_1_3B, STEPS, Suite, Workload
+from benchmarks.workloads import LLAMA_1B, OPT_1_3B, STEPS, Suite, Workload, random_array
 from gradot_jax.demo.corpus import bundled_model, prose_documents
 from gradot_jax.files.safetensors import TensorSpec, stream_tensors
 from gradot_jax.memory.process import (
@@ -35,7 +34,7 @@ from gradot_jax.memory.process import (
     reset_peak,
     resident_bytes,
 )
-from gradot_jax.models.opt.config import OPTConfig
+from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import count_params
 from gradot_jax.models.tensors import model_schema
 
@@ -61,14 +60,14 @@ def study(suite: Suite) -> Iterator[dict[str, Any]]:
     yield record
     record["tuning"] = compiled_steps(TUNING)
     yield record
-    record["compress"] = compress_command(OPT_1_3B)
+    record["compress"] = compress_command(OPT_1_3B, "float16")
     yield record | {"complete": True}
 
 
-def study_whole(suite: Suite) -> Iterator[dict[str, Any]]:
-    """The record of `gradot compress` alone, run to its end with all middle layers, on CPU."""
+def study_llama(suite: Suite) -> Iterator[dict[str, Any]]:
+    """The record of `gradot compress` alone, with all middle layers of Llama-3.2-1B, on CPU."""
     del suite
-    yield {"compress": compress_command(OPT_1_3B, whole=True), "complete": True}
+    yield {"compress": compress_command(LLAMA_1B, "bfloat16", whole=True), "complete": True}
 
 
 def compiled_sweep(workload: Workload) -> dict[str, Any]:
@@ -154,26 +153,28 @@ def compiled_steps(workload: Workload) -> dict[str, Any]:
     return record
 
 
-def compress_command(config: OPTConfig, *, whole: bool = False) -> dict[str, Any]:
-    """Peaks of `gradot compress` on a checkpoint in float16 with random weights.
+def compress_command(config: ModelConfig, dtype: str, *, whole: bool = False) -> dict[str, Any]:
+    """Peaks of `gradot compress` on a checkpoint with random weights.
 
     Args:
         config: of the model; its checkpoint is written to a folder that is deleted.
+        dtype: of the checkpoint.
         whole: run the command to its end. Else its two halves are: with all blocks but two in the
             adapter, up to the end of the last layer; and with a method that decomposes nothing
             and ships as much, all that comes after the layers.
 
     Returns:
         `runs` by name, each with seconds and the peaks in bytes of what the process held: all,
-        anonymous, and mapped files; the largest of those peaks; that of the same command on the
-        bundled model, which is as good as none; what the target allows: checkpoint, one layer's
-        weights and factors in float32, and the residual stream at the boundaries of the middle;
-        the shares of it that all memory and the anonymous part are (the system drops pages of a
-        mapped file when it needs them); and what the command's `--dry-run` says.
+        anonymous, and mapped files; the largest of those peaks; what the target allows: checkpoint,
+        one layer's weights and factors in float32, and the residual stream at the boundaries of the
+        middle; the shares of it that all memory and the anonymous part are (the system drops pages
+        of a mapped file when it needs them); what the command's `--dry-run` says, and itself holds,
+        at rest; the peak beyond that and beside mapped files that it predicts; and what was held of
+        such over the prediction.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        model = write_checkpoint(folder / "model", config)
+        model = write_checkpoint(folder / "model", config, dtype)
         command = _command(folder, model)
         if whole:
             runs = {"whole": _watch(command)}
@@ -183,19 +184,20 @@ def compress_command(config: OPTConfig, *, whole: bool = False) -> dict[str, Any
                 "layers": _watch(two_layers, until="layers: 2 of 2"),
                 "after": _watch([*command, "--method", "layer-drop"]),
             }
-        estimate = _output([*command, "--dry-run"])
-        bundled = _watch(_command(folder, bundled_model()))
+        estimate, rest = (ask([*command, "--dry-run"]) for ask in (_output, _watch))
         checkpoint = (model / "model.safetensors").stat().st_size
     shape = Workload(config=config, length=_LENGTH, batch_size=_SEQUENCES, num_batches=1)
     layer = 4 * (block_weights(shape) + factor_entries(shape))
     boundaries = 4 * (shape.num_middle + 1) * shape.tokens * config.hidden_size
     allowed = checkpoint + layer + boundaries
     peaks = {kind: max(run[kind] for run in runs.values()) for kind in _PEAKS.values()}
+    predicted = predicted_bytes(estimate)
     return {
+        "model": config.family.describe(config),
+        "dtype": dtype,
         "tokens": shape.tokens,
         "runs": runs,
         **peaks,
-        "bundled_model_bytes": bundled["peak_bytes"],
         "checkpoint_bytes": checkpoint,
         "layer_bytes": layer,
         "boundary_bytes": boundaries,
@@ -203,19 +205,27 @@ def compress_command(config: OPTConfig, *, whole: bool = False) -> dict[str, Any
         "share": peaks["peak_bytes"] / allowed,
         "anonymous_share": peaks["peak_anonymous_bytes"] / allowed,
         "estimate": estimate,
+        "predicted_bytes": predicted,
+        "rest_bytes": rest["peak_anonymous_bytes"],
+        "over_predicted": (peaks["peak_anonymous_bytes"] - rest["peak_anonymous_bytes"])
+        / predicted,
     }
 
 
-def write_checkpoint(folder: Path, config: OPTConfig) -> Path:
-    """Writes a checkpoint in float16 with random weights and the bundled model's tokenizer."""
+def predicted_bytes(estimate: list[str]) -> int:
+    """The peak that the lines of a `--dry-run` name, in MiB: `at the peak  4,946 MiB of ...`."""
+    (line,) = (line for line in estimate if line.startswith("at the peak"))
+    return int(line.split()[3].replace(",", "")) * 2**20
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, dtype: str) -> Path:
+    """Writes a checkpoint with random weights and the bundled model's tokenizer.
+
+    A tensor is drawn in its own dtype as it is written: there is never more than one.
+    """
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    specs = {name: TensorSpec(shape, "float16") for name, shape in model_schema(config).items()}
-
-    def draw(spec: TensorSpec) -> np.ndarray:
-        return (0.02 * rng.standard_normal(spec.shape, np.float32)).astype(np.float16)
-
-    tensors = ((name, draw(spec)) for name, spec in specs.items())
+    specs = {name: TensorSpec(shape, dtype) for name, shape in model_schema(config).items()}
+    tensors = ((name, random_array(*spec)) for name, spec in specs.items())
     stream_tensors(folder / "model.safetensors", specs, tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     for file in bundled_model().glob("tokenizer*.json"):

@@ -26,9 +26,8 @@ from gradot_jax.calibration.sweep import (
     run_forward,
     sweep_middle,
 )
-from gradot_jax.compression.budget import rank_pool
 from gradot_jax.compression.channel import cut_channels
-from gradot_jax.compression.plan import EmulatorSpec, LayerShape
+from gradot_jax.compression.plan import EmulatorSpec
 from gradot_jax.compression.rank import cut_rank
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.curvature.tap import zero_taps
@@ -130,15 +129,17 @@ def selection(workload: Workload) -> Phase:
     """Scores of one middle layer, its orders of keeping, and the layer cut to size."""
     rule, block, factors = gradot_rule(), _block(workload), unit_factors(workload)
     (parts,) = decompose_layers([cast(block, jnp.float32)], [factors], rule)
-    layout, layer = block.layout, maps(block)
+    layout, layer, shape = block.layout, maps(block), workload.layer_shape
+    # No map has more components than this: with as many it stays dense.
+    width = workload.config.hidden_size
 
     def run():
         terms = rule.terms(layout, layer, parts, factors)
         orders = jax.device_get(layer_orders(terms, 0.0, 0.0))
-        mlp, _ = cut_channels(layout.channels, layer, orders.channels, workload.num_channels)
+        mlp, _ = cut_channels(layout.channels, layer, orders.channels, shape.num_channels)
         attention = [
-            cut_rank(layer[site], parts[site], orders.components[site], workload.rank)[0]
-            for site in layout.low_rank
+            cut_rank(layer[site], parts[site], orders.components[site], rank or width)[0]
+            for site, rank in shape.ranks
         ]
         return mlp, attention
 
@@ -163,15 +164,11 @@ def compress(workload: Workload) -> Phase:
 def packaging(workload: Workload) -> Phase:
     """Writing the bundle, its digests included."""
     emulator = workload.emulator()
-    dense = workload.rank >= rank_pool(*[workload.config.hidden_size] * 2).cap
-    rank = None if dense else workload.rank
-    ranks = tuple((site, rank) for site in workload.config.family.layout.low_rank)
-    shape = LayerShape(ranks=ranks, num_channels=workload.num_channels)
     spec = EmulatorSpec(
         method="gradot",
         attention_budget=workload.budget,
         mlp_budget=workload.budget,
-        shapes=(shape,) * workload.num_middle,
+        shapes=(workload.layer_shape,) * workload.num_middle,
         layer_map=tuple(range(workload.num_middle)),
     )
 

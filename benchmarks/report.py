@@ -31,6 +31,8 @@ _TUNING_COLUMNS = (
     "below all weights",
     "peak memory",
 )
+_TORCH_COLUMNS = ("model", "threads", "ours", "PyTorch's", "over it", "of the floor", "PyTorch's")
+_MEMORY_COLUMNS = ("checkpoint", "predicted", "at rest", "at the peak", "beyond it, over predicted")
 _STEP_TITLES = {
     "step_emulator": "adapter in the emulator",
     "step_full": "adapter in the full model",
@@ -93,7 +95,8 @@ def section(kinds: Sequence[Kind], page: Path = PAGE) -> str:
         if any("phases" in kind.results.get(name, {}) for kind in kinds):
             parts.append(_phases(name, kinds))
     for kind in kinds:
-        parts += [_tuning(kind), _decomposition(kind), _growth(kind, page)]
+        parts += [_tuning(kind), _torch(kind), _memory(kind)]
+        parts += [_decomposition(kind), _growth(kind, page)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -200,6 +203,31 @@ def _tuning(kind: Kind) -> str:
                 )
             )
     return f"Fine-tuning, {kind.title}\n\n{_table(rows, left=(0, 1))}" if rows[1:] else ""
+
+
+def _torch(kind: Kind) -> str:
+    sides, rows = ("step_emulator", "torch"), [_TORCH_COLUMNS]
+    for result in kind.results.values():
+        for threads, record in result.get("threads", {}).items():
+            if "fraction_of_floor" in record:
+                times = (_seconds(record["median_seconds"][side]) for side in sides)
+                floor = (f"{record['fraction_of_floor'][side]:.0%}" for side in sides)
+                over = f"{record['over_torch']:.2f} x"
+                rows.append((result["workload"]["model"], threads, *times, over, *floor))
+    title = f"Fine-tuning step in the emulator beside PyTorch's, {kind.title}"
+    return f"{title}\n\n{_table(rows, left=(0,))}" if rows[1:] else ""
+
+
+def _memory(kind: Kind) -> str:
+    rows = [_MEMORY_COLUMNS]
+    for record in (result.get("compress", {}) for result in kind.results.values()):
+        if "predicted_bytes" in record:
+            keys = ("checkpoint", "predicted", "rest", "peak_anonymous")
+            size, *held = (_bytes(record[f"{key}_bytes"]) for key in keys)
+            name = f"{record['model']}: {size} in {record['dtype']}"
+            rows.append((name, *held, f"{record['over_predicted']:.2f} x"))
+    title = f"Memory of `gradot compress` beside mapped files, {kind.title}"
+    return f"{title}\n\n{_table(rows, left=(0,))}" if rows[1:] else ""
 
 
 def _decomposition(kind: Kind) -> str:

@@ -6,20 +6,23 @@ names stand for less text on CPU, where a suite has minutes, than on accelerator
 
 import dataclasses
 from functools import cache, partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gradot_jax.compression.budget import channel_pool, rank_pool, uniform_counts
-from gradot_jax.models.opt.block import Block
+from gradot_jax.compression.plan import LayerShape
+from gradot_jax.methods.allocation import forecast
+from gradot_jax.methods.options import CompressionOptions
+from gradot_jax.models.families import read_config
+from gradot_jax.models.family import ModelConfig, channel_count
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.params import Params, model_shapes
 from gradot_jax.models.split import AdapterSpec, split_model
+from gradot_jax.models.tensors import layer_shapes
 from gradot_jax.nn.batch import Batch
-from gradot_jax.nn.linear import Dense, LowRank
 from gradot_jax.offsite.emulator import Emulator
 
 Suite = Literal["cpu", "device"]
@@ -51,7 +54,7 @@ class Workload:
         phases: names of what is measured, most valuable first; all where empty.
     """
 
-    config: OPTConfig
+    config: ModelConfig
     length: int
     batch_size: int
     num_batches: int
@@ -78,16 +81,10 @@ class Workload:
         return self.config.num_hidden_layers - self.num_outer
 
     @property
-    def rank(self) -> int:
-        """R, components that an attention map of the emulator keeps; the cap means all."""
-        return uniform_counts([rank_pool(*[self.config.hidden_size] * 2)], self.budget)[0]
-
-    @property
-    def num_channels(self) -> int:
-        """Channels that an MLP of the emulator keeps."""
-        return uniform_counts(
-            [channel_pool(self.config.ffn_dim, 2 * self.config.hidden_size)], self.budget
-        )[0]
+    def layer_shape(self) -> LayerShape:
+        """Of each layer of the emulator, where all keep the same share."""
+        options = CompressionOptions(budget=self.budget)
+        return forecast(self.config, self.split, options).shapes[0]
 
     def shapes(self) -> Params:
         """The model as shapes and dtypes alone."""
@@ -103,12 +100,13 @@ class Workload:
 
     def emulator_shapes(self) -> Emulator:
         """The same as shapes and dtypes alone."""
-        return jax.eval_shape(self._emulator, self.shapes())
+        model = jax.eval_shape(partial(split_model, split=self.split), self.shapes())
 
-    def _emulator(self, params: Params) -> Emulator:
-        model = split_model(params, self.split)
-        middle = tuple(shrink(stack, self.rank, self.num_channels) for stack in model.middle)
-        return Emulator(model.shell, model.adapter, middle)
+        def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.num_middle, *leaf.shape), self.dtype)
+
+        layer = layer_shapes(self.config, self.layer_shape)
+        return Emulator(model.shell, model.adapter, (jax.tree.map(stack, layer),))
 
     def batches(self) -> list[Batch]:
         """S batches of random tokens, every one real and counted."""
@@ -129,11 +127,12 @@ class Workload:
         """Its shapes as JSON values."""
         config = self.config
         return {
+            "model": config.family.describe(config),
             "num_bottom": self.split.num_bottom,
             "num_middle": self.num_middle,
             "num_top": self.split.num_top,
             "width": config.hidden_size,
-            "ffn": config.ffn_dim,
+            "ffn": channel_count(config),
             "heads": config.num_attention_heads,
             "vocabulary": config.vocab_size,
             "length": self.length,
@@ -145,28 +144,17 @@ class Workload:
         }
 
 
-def shrink(blocks: Block, rank: int, num_channels: int) -> Block:
-    """A stack cut to size with no regard to what it keeps; the full rank keeps a map dense."""
-
-    def cut(dense: Dense) -> Dense | LowRank:
-        if rank >= rank_pool(*dense.shape).cap:
-            return dense
-        return LowRank(dense.kernel[..., :rank], dense.kernel[..., :rank, :], dense.bias)
-
-    fc1, fc2 = blocks.fc1, blocks.fc2
-    return blocks.replace(
-        **{site: cut(getattr(blocks, site)) for site in blocks.layout.low_rank},
-        fc1=Dense(fc1.kernel[..., :num_channels], fc1.bias[..., :num_channels]),
-        fc2=Dense(fc2.kernel[..., :num_channels, :], fc2.bias),
-    )
-
-
 def _filled(shapes):
-    """Small random numbers in the shapes of a tree, drawn once and repeated.
+    return jax.tree.map(lambda leaf: jnp.asarray(random_array(leaf.shape, leaf.dtype)), shapes)
 
-    On the host, so that no initialiser has to be drawn from or compiled for each shape.
+
+def random_array(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Small random numbers, drawn once and repeated.
+
+    On the host, so that no initialiser has to be drawn from or compiled for each shape, and in
+    the dtype from the start, so that no array is there twice.
     """
-    return jax.tree.map(lambda leaf: jnp.asarray(np.resize(_pool(leaf.dtype), leaf.shape)), shapes)
+    return np.resize(_pool(jnp.dtype(dtype)), shape)
 
 
 @cache
@@ -191,9 +179,25 @@ def model(
     )
 
 
+def llama(blocks: int, width: int, heads: int, groups: int, **others: Any) -> ModelConfig:
+    """The configuration of a Llama model with tied embeddings; `others` have their HF names."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": width}
+    kind = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    return read_config({**kind, **sizes, "num_hidden_layers": blocks, **others})
+
+
 OPT_125M = model(12, 768, 12)
 OPT_1_3B = model(24, 2048, 32)
 OPT_6_7B = model(32, 4096, 32)
+
+_SMOLLM2 = {"intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192}
+SMOLLM2_135M = llama(30, 576, 9, 3, rope_theta=100_000.0, **_SMOLLM2)
+
+_LLAMA = {"intermediate_size": 8192, "vocab_size": 128_256, "max_position_embeddings": 131_072}
+_SCALING = {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}
+_SCALING |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_1B = llama(16, 2048, 32, 8, rope_theta=500_000.0, rope_scaling=_SCALING, **_LLAMA)
+"""The shape of Llama 3.2 1B."""
 
 _SMOKE = Workload(
     config=model(4, 16, 2, ffn=32, vocabulary=24, positions=8),
@@ -202,6 +206,8 @@ _SMOKE = Workload(
     num_batches=2,
     split=AdapterSpec(1, 1),
 )
+_TINY = {"head_dim": 4, "intermediate_size": 20, "vocab_size": 24, "max_position_embeddings": 8}
+_SMOKE_LLAMA = dataclasses.replace(_SMOKE, config=llama(4, 12, 4, 2, **_TINY))
 _SMALL = Workload(
     config=model(12, 256, 8, vocabulary=4096, positions=256),
     length=256,
@@ -218,11 +224,14 @@ _PARTS = (*STEPS, "factor_sweep", "calibration_forward", "decomposition", "selec
 WORKLOADS: dict[Suite, dict[str, Workload]] = {
     "cpu": {
         "smoke": _SMOKE,
+        "smoke-llama": _SMOKE_LLAMA,
         "small": _SMALL,
         "opt-125m": Workload(config=OPT_125M, length=512, batch_size=2, num_batches=2),
+        "smollm2-135m": Workload(config=SMOLLM2_135M, length=512, batch_size=2, num_batches=2),
     },
     "device": {
         "smoke": dataclasses.replace(_SMOKE, dtype=jnp.bfloat16),
+        "smoke-llama": dataclasses.replace(_SMOKE_LLAMA, dtype=jnp.bfloat16),
         "opt-1.3b": _LARGE(config=OPT_1_3B, phases=_PARTS),
         "opt-1.3b-512": Workload(
             config=OPT_1_3B,
@@ -232,6 +241,7 @@ WORKLOADS: dict[Suite, dict[str, Workload]] = {
             dtype=jnp.bfloat16,
             phases=STEPS,
         ),
+        "llama-1b": _LARGE(config=LLAMA_1B, phases=_PARTS),
         "opt-125m": _LARGE(config=OPT_125M),
         "small": dataclasses.replace(_SMALL, dtype=jnp.bfloat16),
         # The moments of all its weights would not fit beside it.
@@ -240,4 +250,4 @@ WORKLOADS: dict[Suite, dict[str, Workload]] = {
         ),
     },
 }
-"""By suite. `opt-1.3b-512` has one sequence of 512 tokens; `smoke` is for tests."""
+"""By suite. `opt-1.3b-512` has one sequence of 512 tokens; those named `smoke` are for tests."""

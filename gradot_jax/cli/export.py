@@ -46,7 +46,4 @@ class Export(Debuggable):
             tuned = jax.tree.map(lambda new, old: new.astype(old.dtype), tuned, shipped)
         config, params = export_params(bundle.config, bundle.emulator.assemble(tuned))
         save_model(self.out, config, params, tokenizer_from=self.bundle, overwrite=self.overwrite)
-        print(
-            f"{self.out}: the emulator as a dense {config.family.label} of "
-            f"{config.num_hidden_layers} layers"
-        )
+        print(f"{self.out}: the emulator as a dense model of {config.num_hidden_layers} layers")

@@ -75,5 +75,7 @@ class Generate(OnModel):
             raise InputError("--prompt: expected at least one")
         if self.max_tokens < 1 or self.batch_size < 1:
             raise InputError("max_tokens and batch_size must be at least 1")
+        if self.top_p < 1 and not self.temperature:
+            raise InputError("--top-p goes with a --temperature above 0; without, nothing is drawn")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must lie in [0, 2^32), got {self.seed}")

@@ -24,7 +24,7 @@ def test_one_quantity_at_a_time_is_varied(suite):
         for value in values:
             changed = shape(suite, **{quantity: value})
             differ = {k for k, v in changed.describe().items() if v != base[k]}
-            assert differ <= {of[quantity]} | ({"ffn", "heads"} if quantity == "width" else set())
+            assert differ <= {"model", of[quantity], *(["ffn", "heads"] * (quantity == "width"))}
             sizes = {"tokens": changed.tokens, "layers": changed.num_middle}
             assert (sizes | {"width": changed.config.hidden_size})[quantity] == value
             assert changed.num_swept == changed.num_middle

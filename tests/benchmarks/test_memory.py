@@ -1,13 +1,15 @@
 import dataclasses
 import json
 import sys
+import tracemalloc
 
+import jax
 import pytest
 
 from benchmarks import memory
 from benchmarks.floor import Cost
 from benchmarks.harness import Phase
-from benchmarks.workloads import STEPS, WORKLOADS
+from benchmarks.workloads import STEPS, WORKLOADS, random_array
 from gradot_jax.models.checkpoint import load_model
 
 SMOKE = WORKLOADS["cpu"]["smoke"]
@@ -76,25 +78,41 @@ def test_the_commands_memory_is_told_beside_what_is_allowed(monkeypatch, whole):
 
     monkeypatch.setattr(memory, "_watch", watch)
     if whole:
-        monkeypatch.setattr(memory, "_output", lambda command: ["checkpoint"])
+        said = ["host: checkpoint      7 MiB", "at the peak           1,024 MiB of 2,048 MiB"]
+        monkeypatch.setattr(memory, "_output", lambda command: said)
     monkeypatch.setattr(memory, "_LENGTH", 16)
-    record = memory.compress_command(SMALL, whole=whole)
-    *runs, bundled = commands
+    record = memory.compress_command(SMALL, "float16", whole=whole)
+    *runs, rest = commands
     assert list(record["runs"]) == (["whole"] if whole else ["layers", "after"])
     assert record["peak_bytes"] == 10**6 * len(runs) == record["share"] * record["allowed_bytes"]
-    assert record["bundled_model_bytes"] == 10**6 * len(commands)
-    assert any(part.endswith("tiny_opt") for part in bundled)
+    assert rest[-1] == "--dry-run" and record["rest_bytes"] == 10**6 * len(commands)
     parts = ("checkpoint_bytes", "layer_bytes", "boundary_bytes")
     assert record["allowed_bytes"] == sum(record[part] for part in parts)
     assert record["boundary_bytes"] == 4 * (4 + 1) * 4 * 16 * 16
     # Once the same command is really asked what it would need.
     assert any("checkpoint" in line for line in record["estimate"])
+    assert record["predicted_bytes"] == 2**30 if whole else record["predicted_bytes"] > 2**28
+    assert record["over_predicted"] == -(10**6) / record["predicted_bytes"]
     json.dumps(record)
 
 
-def test_the_written_checkpoint_is_one_in_float16(tmp_path):
-    folder = memory.write_checkpoint(tmp_path / "model", SMALL)
-    config, params = load_model(folder, dtype=None)
-    assert config == SMALL
-    assert params.shell.embed_tokens.dtype == "float16"
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(SMALL, "float16"), (WORKLOADS["cpu"]["smoke-llama"].config, "bfloat16")]
+)
+def test_the_written_checkpoint_is_one_in_its_dtype(config, dtype, tmp_path):
+    folder = memory.write_checkpoint(tmp_path / "model", config, dtype)
+    read, params = load_model(folder, dtype=None)
+    assert read == config
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
     assert (folder / "tokenizer.json").is_file()
+
+
+def test_a_checkpoint_is_written_without_a_copy_of_it(tmp_path):
+    config = dataclasses.replace(SMALL, vocab_size=2**20, num_hidden_layers=4)
+    random_array((1,), "bfloat16")
+    tracemalloc.start()
+    memory.write_checkpoint(tmp_path / "model", config, "bfloat16")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    table = 2 * config.vocab_size * config.hidden_size
+    assert table < peak < 1.9 * table + 2**20 * 8

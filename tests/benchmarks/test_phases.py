@@ -6,12 +6,19 @@ from benchmarks.phases import PHASES, lower_gradient, lower_step, lower_sweep
 from benchmarks.workloads import STEPS, WORKLOADS
 
 SMOKE = WORKLOADS["cpu"]["smoke"]
+LLAMA = WORKLOADS["cpu"]["smoke-llama"]
 
 
 # The unit and the step of the full model are run where a suite is.
-@pytest.mark.parametrize("name", sorted(PHASES.keys() - {"gradient", "step_full"}))
-def test_a_phase_runs_again_and_again_and_its_results_are_finite(name):
-    phase = PHASES[name](SMOKE)
+@pytest.mark.parametrize(
+    ("name", "workload"),
+    [
+        *((name, SMOKE) for name in sorted(PHASES.keys() - {"gradient", "step_full"})),
+        *((name, LLAMA) for name in ("factor_sweep", "packaging", "selection", "step_emulator")),
+    ],
+)
+def test_a_phase_runs_again_and_again_and_its_results_are_finite(name, workload):
+    phase = PHASES[name](workload)
     arguments = phase.prepare()
     before = jax.device_get(arguments)
     for _ in range(2):
@@ -32,9 +39,12 @@ def test_a_phase_that_is_the_same_for_each_layer_says_how_many_there_are():
     assert times == {"decomposition": 2, "selection": 2, "gradient": 1}
 
 
-def test_the_sweep_is_lowered_from_shapes_alone_for_a_model_that_no_cpu_holds():
-    text = lower_sweep(WORKLOADS["device"]["opt-6.7b"]).as_text()
-    assert "4096x16384" in text
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("opt-6.7b", ["4096x16384"]), ("llama-1b", ["2048x512", "2048x8192"])]
+)
+def test_the_sweep_is_lowered_from_shapes_alone_for_a_model_that_no_cpu_holds(name, kernels):
+    text = lower_sweep(WORKLOADS["device"][name]).as_text()
+    assert all(kernel in text for kernel in kernels)
 
 
 def _arguments(lowered: jax.stages.Lowered) -> list:
@@ -42,10 +52,11 @@ def _arguments(lowered: jax.stages.Lowered) -> list:
     return [(info.shape, info.dtype, info.donated) for info in jax.tree.leaves(lowered.args_info)]
 
 
+@pytest.mark.parametrize("workload", [SMOKE, LLAMA], ids=["opt", "llama"])
 @pytest.mark.parametrize("kind", STEPS)
-def test_a_step_lowered_from_shapes_takes_what_the_one_that_runs_takes(kind):
-    phase = PHASES[kind](SMOKE)
-    shaped = _arguments(lower_step(SMOKE, kind))
+def test_a_step_lowered_from_shapes_takes_what_the_one_that_runs_takes(kind, workload):
+    phase = PHASES[kind](workload)
+    shaped = _arguments(lower_step(workload, kind))
     assert shaped == _arguments(phase.run.lower(*phase.prepare()))
     assert any(donated for *_, donated in shaped)
 

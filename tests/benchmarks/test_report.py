@@ -68,6 +68,25 @@ def test_every_table_has_as_many_cells_in_each_row(results):
         assert len({line.count("|") for line in rows}) <= 1
 
 
+def test_steps_beside_pytorch_and_predicted_memory_are_shown_where_they_were_measured(results):
+    plain = section(load_kinds(results))
+    assert "PyTorch's, CPU" not in plain and "Memory of" not in plain
+    common = {"suite": "cpu", "environment": {"device_kind": "cpu"}}
+    sides = {"step_emulator": 0.5, "step_full": 0.75, "torch": 1.0}
+    step = {"median_seconds": sides, "over_torch": 2.0, "fraction_of_floor": sides}
+    (results / "cpu" / "torch-step.json").write_text(
+        json.dumps(common | {"workload": {"model": "llama"}, "threads": {"1": step, "2": {}}})
+    )
+    command = {"predicted_bytes": 2**30, "rest_bytes": 2**28, "peak_anonymous_bytes": 2**29}
+    command |= {"over_predicted": 0.25, "model": "llama", "dtype": "bfloat16"}
+    command |= {"checkpoint_bytes": 2**31}
+    (results / "cpu" / "memory.json").write_text(json.dumps(common | {"compress": command}))
+    text = section(load_kinds(results))
+    assert "| llama | 1 | 500 ms | 1 s | 2.00 x | 50% | 100% |\n\n" in text
+    row = "| llama: 2,048 MiB in bfloat16 | 1,024 MiB | 256 MiB | 512 MiB | 0.25 x |"
+    assert row in text
+
+
 def test_an_accelerators_results_take_the_place_of_the_empty_column(results):
     gpu = json.loads((results / "cpu" / "opt-125m.json").read_text())
     gpu |= {"suite": "device", "environment": gpu["environment"] | {"device_kind": "NVIDIA H200"}}

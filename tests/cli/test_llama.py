@@ -138,7 +138,8 @@ def test_a_prompt_of_nothing_is_refused_where_nothing_begins_it(folder, start, c
     [
         (["--max-tokens", "0"], "at least 1"),
         (["--temperature", "-1"], "temperature must"),
-        (["--top-p", "0"], "top_p must"),
+        (["--top-p", "0", "--temperature", "1"], "top_p must"),
+        (["--top-p", "0.5"], "--top-p goes with"),
         (["--seed", "-1"], "seed must"),
         (["--max-tokens", "64"], "at most the 64 that the model can decode"),
         (["--adapter", "x"], "--adapter goes with --bundle"),
