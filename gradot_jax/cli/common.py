@@ -133,7 +133,10 @@ class OnModel(OnDevices):
             raise InputError("--revision goes with --model; a bundle is a local folder")
 
     def load(self, mesh: "DeviceMesh | None") -> "LoadedModel":
-        """The model, or the emulator with its adapter or the tuned one; the tokenizer is first.
+        """The model, or the emulator with its adapter or the tuned one.
+
+        Of a checkpoint the tokenizer is read first, which costs little and may be missing; of a
+        bundle nothing is parsed before all of it is verified.
 
         Raises:
             InputError: when what is named cannot be read.
@@ -143,17 +146,16 @@ class OnModel(OnDevices):
         from gradot_jax.models.partition import shard_params
         from gradot_jax.models.weight_files import checkpoint_folder
         from gradot_jax.offsite.adapter_file import load_adapter_for
-        from gradot_jax.offsite.bundle import read_bundle_manifest, receive
+        from gradot_jax.offsite.bundle import receive
 
         if self.bundle is None:
             folder = checkpoint_folder(str(self.model), self.revision)
             config = load_config(folder)
-        else:
-            folder, config = self.bundle, read_bundle_manifest(self.bundle)[0].config
-        tokenizer, ends = open_tokenizer(folder, config), end_tokens(folder, config)
-        if self.bundle is None:
+            tokenizer, ends = open_tokenizer(folder, config), end_tokens(folder, config)
             return LoadedModel(*load_model(folder, mesh=mesh, dtype=self.dtype), tokenizer, ends)
         found, tuned = receive(self.bundle, dtype=self.dtype, with_tokenizer=False), None
+        config = found.config
+        tokenizer, ends = open_tokenizer(self.bundle, config), end_tokens(self.bundle, config)
         if self.adapter is not None:
             tuned = load_adapter_for(self.adapter, found, dtype=self.dtype)
         params = found.emulator.assemble(tuned)

@@ -194,7 +194,6 @@ class Compress(OnHosts):
             check_fits(found)
 
     def _write(self, folder, config, original, result, record) -> None:
-
         from gradot_jax.evaluation.record import environment
         from gradot_jax.files.folder import output_folder
         from gradot_jax.memory.forecast import kernel_parameters

@@ -23,7 +23,7 @@ def open_tokenizer(folder: Path, config: ModelConfig):
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)
     start = document_start(tokenizer, config)
-    token = "none" if start is None else f"{tokenizer.convert_ids_to_tokens(start)!r} ({start})"
+    token = "none" if start is None else f"{tokenizer.convert_ids_to_tokens(start)!r:.80} ({start})"
     say(f"first token of every document and prompt: {token}", to=sys.stderr)
     return tokenizer
 

@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 
-from gradot_jax.cli.common import OnModel
+from gradot_jax.cli.common import OnModel, data_axis, say
 from gradot_jax.errors import InputError
 
 
@@ -37,7 +37,6 @@ class Generate(OnModel):
     def run(self) -> None:
         """Executes the command."""
         self._check()
-        from gradot_jax.cli.common import data_axis, say
         from gradot_jax.data.tokenizer import document_start, encode
         from gradot_jax.evaluation.generation import Completion, complete
         from gradot_jax.models.decode import Sampling
@@ -77,5 +76,3 @@ class Generate(OnModel):
             raise InputError("max_tokens and batch_size must be at least 1")
         if self.top_p < 1 and not self.temperature:
             raise InputError("--top-p goes with a --temperature above 0; without, nothing is drawn")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must lie in [0, 2^32), got {self.seed}")

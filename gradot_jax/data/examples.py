@@ -100,9 +100,9 @@ def prompt_examples(
 ) -> tuple[Batch, int]:
     """Prompts followed by their completions, with loss on the completion's tokens only.
 
-    Prompt and completion are tokenised apart, and a completion ends as it is given unless
-    `eos_id` is. Rows are padded on the right to the longest, rounded up to a multiple of 8. A
-    prompt that is too long loses its beginning; `bos_id` stays in front of the rest.
+    Prompt and completion are tokenised apart (`encode_after`), and a completion ends as it is
+    given unless `eos_id` is. Rows are padded on the right to the longest, rounded up to a multiple
+    of 8. A prompt that is too long loses its beginning; `bos_id` stays in front of the rest.
 
     Args:
         tokenizer: see `load_tokenizer`.

@@ -95,8 +95,11 @@ def complete(
         progress: whether to report.
 
     Raises:
-        InputError: when prompt and completion do not fit the model, or its logits are not numbers.
+        InputError: when a prompt is empty, has tokens outside the vocabulary or does not fit the
+            model with its completion, a number is out of its range, or logits are not numbers.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must lie in [0, 2^32), got {seed}")
     if not all(job.ids for job in jobs):
         raise InputError("a prompt without tokens: it is empty, and nothing begins a text")
     if any(not 0 <= token < config.vocab_size for job in jobs for token in job.ids):

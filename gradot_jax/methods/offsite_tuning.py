@@ -24,7 +24,7 @@ from gradot_jax.methods import layer_drop
 from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.methods.problem import Outcome, Problem
 from gradot_jax.methods.table import Stored
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, config_identity
 from gradot_jax.models.params import count_params, depth, get_block, stack_blocks
 from gradot_jax.models.partition import place, place_batch
 from gradot_jax.models.run import embed, head, run_blocks
@@ -228,7 +228,7 @@ _sums = jax.jit(distillation_sums, static_argnames=("config",))
 def _identity(problem: Problem) -> dict[str, Any]:
     """What a run is, beside the shapes of its state, which say how many layers it keeps."""
     return {
-        "config": dataclasses.asdict(problem.config),
+        "config": config_identity(problem.config),
         "split": dataclasses.asdict(problem.split),
         "distillation": dataclasses.asdict(problem.options.distillation),
         "seed": problem.options.seed,

@@ -32,6 +32,7 @@ from gradot_jax.methods.allocation import (
 )
 from gradot_jax.methods.layer_store import LayerStore, StoredLayer, pack, unpack
 from gradot_jax.methods.problem import Outcome, Problem
+from gradot_jax.models.family import config_identity
 from gradot_jax.models.params import layers_at
 from gradot_jax.models.tensors import layer_to_tensors, middle_layer_from_tensors
 from gradot_jax.nn.layout import Block, Layout, maps
@@ -214,7 +215,7 @@ def _open_store(problem: Problem) -> LayerStore:
         {
             "options": dataclasses.asdict(problem.options),
             "split": dataclasses.asdict(problem.split),
-            "config": dataclasses.asdict(problem.config),
+            "config": config_identity(problem.config),
             "weights": tree_digest(problem.params),
             "calibration text": tree_digest(problem.batches),
             "dtype": str(problem.dtype),

@@ -3,6 +3,7 @@
 Everything else in the package reads the family from the configuration and knows none by name.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -100,6 +101,12 @@ class Family(NamedTuple):
     head_operands: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
     describe: Callable[[Any], str]
     begins_documents: bool = False
+
+
+def config_identity(config: ModelConfig) -> dict[str, Any]:
+    """What makes a configuration what it is, as plain values; no field that shapes nothing."""
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
+    return {field.name: getattr(config, field.name) for field in fields if field.compare}
 
 
 def attention_windows(config: ModelConfig, num_layers: int) -> tuple[int | None, ...]:

@@ -3,6 +3,10 @@
     y = (x - mean) / sigma * scale + bias
     dx = (h - mean(h) - n mean(h n)) / sigma,   h = scale dy,   n = (x - mean) / sigma
 
+and for the RMS norm, with `n = x / rms`,
+
+    y = n * scale,   dx = (h - n mean(h n)) / rms
+
 The derivative is written out because that needs nothing kept but x and two numbers per row.
 """
 

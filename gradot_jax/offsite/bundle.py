@@ -16,7 +16,7 @@ from gradot_jax.errors import InputError
 from gradot_jax.files.folder import output_folder
 from gradot_jax.files.safetensors import float_dtype
 from gradot_jax.files.strict_json import read_json, write_json
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, config_identity
 from gradot_jax.models.split import AdapterSpec
 from gradot_jax.models.tensors import (
     adapter_from_tensors,
@@ -138,7 +138,9 @@ def ship(
     # What the reader would refuse is not written.
     draft = BundleManifest.from_values(draft.to_values(), "the bundle to be written")
     if draft.config != config:
-        raise InputError(f"{path}: of the configuration crosses {draft.config}, not {config}")
+        crossed = config_identity(draft.config)
+        lost = ", ".join(k for k, v in config_identity(config).items() if crossed[k] != v)
+        raise InputError(f"{path}: of the configuration crosses another {lost}; see its fields")
     schemas = _schemas(draft)
     with output_folder(path, overwrite=overwrite) as folder:
 

@@ -238,7 +238,9 @@ def _config(values: Any, where: str) -> ModelConfig:
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object, got {type(values).__name__}")
     foreign = sorted(values.keys() - crossing_values(values).keys())
-    if foreign or len(values) > _MAX_FIELDS:
+    if len(values) > _MAX_FIELDS:
+        raise InputError(f"{where}: {len(values)} fields, expected at most {_MAX_FIELDS}")
+    if foreign:
         raise InputError(f"{where}: unknown keys {foreign[:8]!r:.400}")
     config = read_config(values, where)
     _check_keys(values, config.to_hf(), where)

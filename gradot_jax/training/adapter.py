@@ -4,7 +4,6 @@ Gradients and optimiser state exist for the adapter only. The middle is an emula
 owner's side, or the original's, the papers' upper bound on the model owner's.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -20,7 +19,7 @@ from jax.typing import DTypeLike
 
 from gradot_jax.errors import InputError
 from gradot_jax.files.digest import tree_digest
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, config_identity
 from gradot_jax.models.params import Segment, merge_segments
 from gradot_jax.models.partition import param_shardings, place, place_batch
 from gradot_jax.models.run import summed_loss
@@ -226,7 +225,7 @@ def finetune_adapter(
     identity = None
     if checkpoints is not None:
         identity = {
-            "config": dataclasses.asdict(config),
+            "config": config_identity(config),
             "emulator": tree_digest(emulator),
             "validation": validation and tree_digest(validation),
             "settings": dict(settings or {}),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -167,3 +168,13 @@ def test_an_end_token_that_the_model_has_not_is_refused(ends, folder, capsys):
     assert run(folder, *command) == REFUSED
     assert "generation_config.json: eos_token_id is" in capsys.readouterr().err
     file.write_text(before)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json"])
+def test_an_altered_bundle_meets_a_hash_and_not_a_parser(file, folder, tmp_path, capsys):
+    shutil.copytree(folder / "run" / "bundle", tmp_path / "bundle")
+    altered = tmp_path / "bundle" / file
+    altered.write_bytes(b"?" * altered.stat().st_size)
+    command = ["generate", "--bundle", str(tmp_path / "bundle"), "--prompt", "the cat"]
+    assert run(folder, *command) == REFUSED
+    assert f"{file}: altered or damaged" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from gradot_jax.files.digest import tree_digest
 from gradot_jax.methods.options import ScaleOTOptions
 from gradot_jax.methods.problem import Problem
 from gradot_jax.methods.scaleot.importance import sample_network, update_importance
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.family import ModelConfig, config_identity
 from gradot_jax.models.params import Params, depth
 from gradot_jax.models.partition import place, place_batch
 from gradot_jax.models.run import apply_layer, embed, head, runs
@@ -236,7 +236,7 @@ def _identity(problem: Problem) -> dict[str, Any]:
     del options["rank_removed"]
     return {
         "method": "scaleot",
-        "config": dataclasses.asdict(problem.config),
+        "config": config_identity(problem.config),
         "model": tree_digest(problem.params),
         "text": tree_digest(list(problem.batches)),
         "options": options,

@@ -56,7 +56,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a field that a file lacks means."""
 
-_MAX_LAYERS = 4096
+_MAX_LAYERS, _MAX_HEAD_DIM = 4096, 65536
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _CHANGEABLE = (*_SIZES, "num_attention_heads", "num_key_value_heads", "head_dim")
 _CHANGEABLE += ("tie_word_embeddings", "initializer_range")
@@ -152,8 +152,8 @@ class LlamaConfig:
         groups = read.whole("num_key_value_heads", heads)
         if heads % groups:
             raise read.refused("num_attention_heads", f"a multiple of num_key_value_heads {groups}")
-        if size % 2:
-            raise read.refused("head_dim", "an even number")
+        if size % 2 or size > _MAX_HEAD_DIM:
+            raise read.refused("head_dim", f"an even number of at most {_MAX_HEAD_DIM}")
         bos, ends = read.whole("bos_token_id", None, least=0), read.tokens("eos_token_id")
         for name, ids in (("bos_token_id", [bos or 0]), ("eos_token_id", ends)):
             if max(ids, default=0) >= sizes["vocab_size"]:

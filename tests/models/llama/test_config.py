@@ -145,6 +145,7 @@ def test_a_rotary_embedding_that_cannot_be_computed_is_refused(changes):
     [
         ("llama", {"num_key_value_heads": 3}, ("num_key_value_heads", "3", "4", "expected")),
         ("llama", {"head_dim": 5}, ("head_dim", "5", "expected", "even")),
+        ("llama", {"head_dim": 2**31 - 2}, ("head_dim", "2147483646", "at most 65536")),
         (
             "llama",
             {"hidden_size": 18, "head_dim": None},

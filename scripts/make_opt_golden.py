@@ -6,10 +6,10 @@ bias goes unnoticed. The tests read them without torch and without the Flax mode
 transformers dropped with version 5. Each mode runs in an environment of its own:
 
     pip install "transformers>=5" torch numpy
-    python scripts/make_golden.py torch tests/models/opt/golden
+    python scripts/make_opt_golden.py torch tests/models/opt/golden
 
     pip install "transformers==4.57.6" "jax==0.10.2" flax safetensors
-    python scripts/make_golden.py flax tests/models/opt/golden
+    python scripts/make_opt_golden.py flax tests/models/opt/golden
 
 First torch: per variant a folder with `config.json`, `model.safetensors` and `torch.npz`
 (`input_ids`, `attention_mask`, `logits`). Then flax, on the same weights: `flax.npz` (`logits`),
