@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from gradot_jax.cli.common import Debuggable, check_comparison, check_distinct
-from gradot_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +42,12 @@ class Demo(Debuggable):
         """Executes the command."""
         check_comparison(self.out)
         check_distinct("tasks", self.tasks)
-        if self.seeds < 1 or self.draws < 1:
-            raise InputError("seeds and draws must be at least 1")
-        from gradot_jax.comparison.variants import cases
+        from gradot_jax.comparison.plan import single
         from gradot_jax.demo.bundled import run_demo
 
-        cases(self.methods, (self.budget,), range(self.draws))
+        single(self.methods, (self.budget,), self.tasks, seeds=self.seeds, draws=self.draws)
         if self.overwrite:
-            for part in ("cells", "curves"):
+            for part in ("cells", "bundles", "curves"):
                 shutil.rmtree(self.out / part, ignore_errors=True)
         run_demo(
             self.out,

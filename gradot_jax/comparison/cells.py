@@ -1,14 +1,18 @@
-"""Finished parts of a comparison on disk: a run that is killed loses one of them.
+"""Finished parts of a comparison on disk: what was measured, by what, and on what it depends.
 
-A cell is a JSON file named by a digest of its settings, so other settings are other cells.
+A cell is one small JSON file. Its name ends in a digest of its settings, which are everything that
+its result depends on but the program, so other settings are other cells, and cells that others
+measured can be put beside one's own. The program is on record in each.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gradot_jax
+from filelock import FileLock
+
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment, write_result
 from gradot_jax.files.digest import json_digest
@@ -16,52 +20,88 @@ from gradot_jax.files.digest import json_digest
 _NOT_IN_JSON = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
+class NotThere(Exception):
+    """A cell that has not been computed, in a store that computes none."""
+
+
 class CellStore:
-    """The cells of one folder.
+    """The cells of one folder, which several processes may fill.
 
     Args:
         folder: made if need be.
+        computes: whether what is missing is computed; else it is `NotThere`.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, *, computes: bool = True):
+        self.folder, self.computes = folder, computes
+        if computes:
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, name: str, settings: Mapping[str, Any]) -> Path:
-        """File of a cell: a name for people, and a digest of the settings.
+    def lock(self, name: str, *, wait: bool = True) -> FileLock:
+        """A lock that one process holds at a time; without `wait` taking it raises Timeout."""
+        folder = self.folder.parent / "locks"
+        folder.mkdir(exist_ok=True)
+        return FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0)
 
-        These are JSON values, everything that the cell's result depends on but the version of the
-        program, which is added.
-        """
-        versioned = {"gradot_jax": gradot_jax.__version__, **settings}
-        return self.folder / f"{name}-{json_digest(versioned)[:12]}.json"
+    def path(self, kind: str, where: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
+        """File of a cell: its kind and coordinates, for people, and a digest of its settings."""
+        named = [f"{value:g}" if isinstance(value, float) else value for value in where.values()]
+        name = "-".join(str(part) for part in (kind, *named) if part is not None)
+        return self.folder / f"{name}-{json_digest(settings)[:12]}.json"
 
     def get(
-        self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+        self,
+        kind: str,
+        where: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """The result of a cell, JSON values, computed and written if it is not there; see `path`.
+        """A cell, computed and written if it is not there.
+
+        Another process that computes it is waited for.
+
+        Args:
+            kind: of cell.
+            where: coordinates: strings, numbers and None by name.
+            settings: JSON values, everything that the result depends on but the program.
+            compute: makes the result, JSON values.
+
+        Returns:
+            The file's values: `cell`, the coordinates, `result`, `seconds`, `environment` and
+            `settings`.
 
         Raises:
             InputError: when the file is no cell, or one of other settings.
+            NotThere: when it is not there and none is computed.
         """
-        path = self.path(name, settings)
+        path = self.path(kind, where, settings)
         if not path.is_file():
-            cell = {"settings": settings, "environment": environment(), "result": compute()}
-            write_result(path, cell)
+            if not self.computes:
+                raise NotThere(path.name)
+            with self.lock(path.stem):
+                if not path.is_file():
+                    self._write(path, kind, where, settings, compute)
         # Read back, so that a first run and a resumed one go on with the same numbers.
         return _restored(self._read(path, settings))
+
+    def _write(self, path, kind, where, settings, compute) -> None:
+        began = time.perf_counter()
+        result = compute()
+        seconds = round(time.perf_counter() - began, 2)
+        made = {"result": result, "seconds": seconds, "environment": environment()}
+        write_result(path, {"cell": kind, **where, **made, "settings": settings})
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> Any:
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            stored, result = cell["settings"], cell["result"]
+            stored, _ = cell["settings"], (cell["result"], cell["environment"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a cell of a comparison ({error}); remove it") from None
         if stored != json.loads(json.dumps(settings)):
             raise InputError(
                 f"{path}: holds a cell of other settings than its name says; remove it"
             )
-        return result
+        return cell
 
 
 def _restored(value: Any) -> Any:

@@ -12,10 +12,9 @@ import numpy as np
 
 from gradot_jax.calibration.fidelity import gradient_fidelity
 from gradot_jax.comparison.cells import CellStore
+from gradot_jax.comparison.plan import Case
 from gradot_jax.comparison.testbed import Testbed
-from gradot_jax.comparison.variants import Case, variant_options
 from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
-from gradot_jax.files.digest import tree_digest
 from gradot_jax.memory.process import (
     peak_device_bytes,
     peak_resident_bytes,
@@ -23,6 +22,7 @@ from gradot_jax.memory.process import (
     resident_bytes,
 )
 from gradot_jax.methods.compress import Compression, run_compression
+from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.models.params import Params, Shared, count_params
 from gradot_jax.models.split import SplitModel
 from gradot_jax.offsite.emulator import Emulator
@@ -33,33 +33,35 @@ class CompressionCell:
 
     Args:
         bed: what it runs on.
-        store: where its record and its bundle lie.
+        store: of its record.
+        bundles: folder for its bundle.
         model: digest of the testbed's weights.
         case: no reference.
+        options: of the compression.
     """
 
-    def __init__(self, bed: Testbed, store: CellStore, model: str, case: Case):
-        self._bed, self._store, self._case = bed, store, case
-        self._options = variant_options(case, bed.training)
-        self._batches = list(bed.calibration(case.draw or 0))
+    def __init__(
+        self,
+        bed: Testbed,
+        store: CellStore,
+        bundles: Path,
+        model: str,
+        case: Case,
+        options: CompressionOptions,
+    ):
+        self._bed, self._store, self._case, self._options = bed, store, case, options
         self._emulator: SplitModel | None = None
         self.settings: Mapping[str, Any] = {
             "cell": "compression",
             "model": model,
             "split": dataclasses.asdict(bed.split),
             "options": dataclasses.asdict(self._options),
-            "calibration": tree_digest(self._batches),
-            "held_out": tree_digest(list(bed.held_out)),
+            "calibration": bed.calibration_digest(case.draw or 0),
+            "held_out": bed.held_out_digest,
         }
-
-    @property
-    def _name(self) -> str:
-        return f"compression-{self._case.label}"
-
-    @property
-    def bundle(self) -> Path:
+        name = self._store.path("bundle", case._asdict(), self.settings).stem
+        self.bundle = bundles / name
         """Folder of the shipped emulator."""
-        return self._store.path(self._name, self.settings).with_suffix("") / "bundle"
 
     def record(self) -> dict[str, Any]:
         """Shares, fidelity, cost and what each layer kept; compresses if nobody has.
@@ -68,13 +70,14 @@ class CompressionCell:
         Host memory is the process's: its peak, and how far that is above where it began, which is
         less where it had memory to spare. Device memory is the peak since the process began.
         """
-        return self._store.get(self._name, self.settings, self._compress)
+        return self._store.get("compression", self._case._asdict(), self.settings, self._compress)
 
     def emulator(self) -> SplitModel:
         """The emulator as the data owner loads it."""
         if self._emulator is None:
-            if not self.bundle.is_dir():
-                self._ship(self._run())
+            with self._store.lock(self.bundle.name):
+                if not self.bundle.is_dir():
+                    self._ship(self._run())
             from gradot_jax.offsite.bundle import receive
 
             self._emulator = receive(self.bundle, with_tokenizer=False).emulator
@@ -82,7 +85,7 @@ class CompressionCell:
 
     def drop(self) -> None:
         """Removes the bundle; asked for again, the emulator is made again."""
-        shutil.rmtree(self.bundle.parent, ignore_errors=True)
+        shutil.rmtree(self.bundle, ignore_errors=True)
 
     def _compress(self) -> dict[str, Any]:
         bed = self._bed
@@ -112,7 +115,12 @@ class CompressionCell:
     def _run(self) -> Compression:
         bed = self._bed
         result = run_compression(
-            bed.config, bed.params, bed.split, self._batches, self._options, mesh=bed.mesh
+            bed.config,
+            bed.params,
+            bed.split,
+            list(bed.calibration(self._case.draw or 0)),
+            self._options,
+            mesh=bed.mesh,
         )
         jax.block_until_ready(result.emulator)
         return result

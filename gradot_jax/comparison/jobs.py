@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradot_jax.comparison.cells import CellStore
+from gradot_jax.comparison.plan import REFERENCES, Case
 from gradot_jax.comparison.testbed import Task, Testbed
 from gradot_jax.comparison.tuning import Tuned, tune
-from gradot_jax.comparison.variants import REFERENCES, Case
 from gradot_jax.models.split import SplitModel
 from gradot_jax.offsite.plug_in import plug_in
 from gradot_jax.training.loop import DivergenceError
+from gradot_jax.training.rate import RateSearch, search_rate
+
+Origin = Callable[[], SplitModel]
 
 
 class Job(NamedTuple):
@@ -34,7 +37,12 @@ class Job(NamedTuple):
     case: Case
     task: Task
     origin: Mapping[str, Any]
-    emulator: Callable[[], SplitModel]
+    emulator: Origin
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Coordinates of its cells, but for seed and rate."""
+        return {**self.case._asdict(), "task": self.task.name}
 
     @property
     def name(self) -> str:
@@ -50,7 +58,7 @@ class Job(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """What its fine-tuning runs depend on, but for seed and rate."""
         return {
-            "method": self.case.method,
+            "tuned": self.case.method if self.is_reference else "adapter",
             "origin": self.origin,
             "split": dataclasses.asdict(self.bed.split),
             "task": task_identity(self.task),
@@ -73,27 +81,26 @@ def zero_shot(job: Job) -> dict[str, float]:
     """Metrics of the emulator as it was shipped."""
     settings = {
         "cell": "zero-shot",
-        "method": job.case.method,
         "origin": job.origin,
         "metric": job.task.metric,
         "test": job.task.test_digest,
         "compute_dtype": job.bed.compute_dtype,
     }
-    return job.store.get(
-        f"zero-shot-{job.name}",
+    cell = job.store.get(
+        "zero-shot",
+        job.where,
         settings,
         lambda: job.bed.measure(job.task, job.emulator().assemble()),
     )
+    return cell["result"]
 
 
-def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[float, Tuned | None]:
-    """The factor on the learning rate of least development loss; a single one is not tried.
+def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[RateSearch, Tuned | None]:
+    """The factor on the learning rate of least development loss, see `search_rate`.
 
     Returns:
-        The factor, and the run with it where it was just made.
+        The search, and the run with its best factor where that was just made.
     """
-    if len(rates) == 1:
-        return rates[0], None
     losses: dict[float, float] = {}
     made: dict[float, Tuned] = {}
 
@@ -108,26 +115,31 @@ def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[float, Tun
             made[factor] = tuned
         return {"development_loss": tuned.loss, "seconds": tuned.seconds}
 
-    for factor in rates:
+    def loss_of(factor: float) -> float:
+        where = {**job.where, "seed": seed, "factor": factor}
         settings = {"cell": "trial", **job.settings, "seed": seed, "factor": factor}
-        name = f"trial-{job.name}-seed{seed}-x{factor:g}"
-        cell = job.store.get(name, settings, lambda f=factor: trial(f))
-        losses[factor] = cell["development_loss"]
-    best = min(losses, key=lambda factor: (losses[factor], factor))
-    return best, made.get(best)
+        cell = job.store.get("trial", where, settings, lambda: trial(factor))
+        losses[factor] = cell["result"]["development_loss"]
+        return losses[factor]
+
+    found = search_rate(loss_of, rates)
+    return found, made.get(found.rate)
 
 
 def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) -> dict[str, Any]:
-    """Metrics after one fine-tuning, which is `tuned` where it was made already.
+    """The cell of one fine-tuning, which is `tuned` where it was made already.
 
     Returns:
-        `development_loss`, `best_step`, `seconds`, and metrics by name: `full_finetuned` of a
-        reference, else `emulator_finetuned` and `plug_in`. A run that diverges has `nan` for its
-        metric.
+        Values of the cell. Its result has `development_loss`, `best_step`, `seconds`, and metrics
+        by name: `full_finetuned` of a reference, else `emulator_finetuned` and `plug_in`. A run
+        that diverges has `nan` for its metric.
     """
-    settings = {"cell": "run", **job.settings, "seed": seed, "factor": factor}
+    rate = factor * job.task.tuning.learning_rate
     return job.store.get(
-        f"run-{job.name}-seed{seed}", settings, lambda: _measure_tuned(job, seed, factor, tuned)
+        "run",
+        {**job.where, "seed": seed, "rate": rate},
+        {"cell": "run", **job.settings, "seed": seed, "factor": factor},
+        lambda: _measure_tuned(job, seed, factor, tuned),
     )
 
 
@@ -151,7 +163,7 @@ def _measure_tuned(job: Job, seed: int, factor: float, tuned: Tuned | None) -> d
 
 
 def _tune(job: Job, seed: int, factor: float) -> Tuned:
+    where = {**job.where, "seed": seed, "factor": factor}
     settings = {**job.settings, "seed": seed, "factor": factor}
-    name = job.store.path(f"{job.name}-seed{seed}-x{factor:g}", settings).stem
-    curve = job.curves / f"{name}.jsonl"
+    curve = job.curves / f"{job.store.path('curve', where, settings).stem}.jsonl"
     return tune(job.bed, job.emulator(), job.task, seed=seed, factor=factor, curve=curve)

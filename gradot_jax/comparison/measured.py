@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradot_jax.comparison.plan import FULL_ALL
 from gradot_jax.comparison.summary import QUANTITIES, estimate, planned, select
-from gradot_jax.comparison.variants import FULL_ALL
-from gradot_jax.data.tasks import TASKS
+from gradot_jax.data.tasks import PAPER_TASKS, TASKS
 from gradot_jax.errors import InputError
 from gradot_jax.files.strict_json import read_json
 
@@ -36,8 +36,8 @@ _PROTOCOL = (
 
 _SETTINGS = ("draws", "rates", "split", "compute_dtype")
 _TUNING = ("steps", "batch_size", "learning_rate", "warmup", "b2", "weight_decay")
-_QUESTION_SETS = tuple(name for name, task in TASKS.items() if task.metric != "perplexity")
-_KEYS = {"model", "settings", "cases", "tasks", "rows", "failures", "environment"}
+_QUESTION_SETS = tuple(name for name in PAPER_TASKS if TASKS[name].metric != "perplexity")
+_KEYS = {"model", "settings", "planned", "tasks", "rows", "failures", "environment"}
 
 
 class Measured(NamedTuple):

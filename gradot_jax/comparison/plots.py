@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
+from gradot_jax.comparison.plan import REFERENCES
 from gradot_jax.comparison.summary import planned, select, summarise, summarise_compressions
-from gradot_jax.comparison.variants import REFERENCES
 from gradot_jax.models.split import AdapterSpec
 
 _MARKERS = "osDvP*X<>"

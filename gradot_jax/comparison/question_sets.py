@@ -1,6 +1,5 @@
 """The papers' question sets on any checkpoint, as a comparison takes them."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradot_jax.comparison.testbed import FineTuning, Measure, Task, Testbed, Validity
+from gradot_jax.comparison.testbed import Measure, Task, Testbed
 from gradot_jax.data.examples import eval_batches, take
+from gradot_jax.data.recipe import FineTuning
 from gradot_jax.data.records import ItemRecords, TextRecords
 from gradot_jax.data.tasks import TASKS, Preset, QATask, load_task, task_examples
 from gradot_jax.data.tokenizer import document_start
@@ -23,23 +23,17 @@ from gradot_jax.nn.batch import Batch
 
 _HELD_OUT = 32
 _TEXT_BOS = {"paper": "every line", "corrected": "every document"}
-_VALIDITY = {
-    "perplexity": Validity(gain=0.1, loss=0.1),
-    "accuracy": Validity(gain=3, loss=3),
-    "exact_match": Validity(gain=3, loss=3),
-}
 
 
 def question_tasks(
     names: Sequence[str],
     config: ModelConfig,
     tokenizer,
-    tuning: FineTuning,
     *,
     preset: Preset,
     data: Path | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    changes: Mapping[str, Any] | None = None,
     epochs: float | None = None,
 ) -> tuple[Task, ...]:
     """Tasks of `gradot_jax.data.tasks` as a comparison takes them; scores are in percent.
@@ -48,12 +42,11 @@ def question_tasks(
         names: of the tasks.
         config: of the model.
         tokenizer: of the model.
-        tuning: settings for all of them.
         preset: which text.
         data: folder with one folder per task, or with the data of the only one.
         limit: most records of each part.
-        batch_size: sequences a batch when measuring.
-        epochs: passes over the training part, instead of the steps of `tuning`.
+        changes: fields of `FineTuning` that replace those of the tasks' records.
+        epochs: passes over the training part, instead of steps.
 
     Raises:
         InputError: when a task has no folder or cannot be read, or has fewer examples than a
@@ -63,7 +56,8 @@ def question_tasks(
     for name in names:
         folder = None if data is None else _folder(data, name, alone=len(names) == 1)
         loaded = load_task(name, preset=preset, data=folder, limit=limit)
-        tasks.append(_task(loaded, config, tokenizer, tuning, batch_size, epochs))
+        tuning = TASKS[name].tuning.changed(**(changes or {}))
+        tasks.append(_task(loaded, config, tokenizer, tuning, epochs))
     return tuple(tasks)
 
 
@@ -160,9 +154,9 @@ def _task(
     config: ModelConfig,
     tokenizer,
     tuning: FineTuning,
-    batch_size: int,
     epochs: float | None,
 ) -> Task:
+    batch_size = tuning.batch_size
     start = document_start(tokenizer, config)
     read = functools.partial(
         task_examples,
@@ -189,7 +183,7 @@ def _task(
         development=development,
         measure=report.measure,
         test_digest=report.digest,
-        validity=_VALIDITY[task.metric],
+        validity=TASKS[task.name].validity,
         evaluation_batch=min(batch_size, len(development.input_ids)),
         protocol={
             "preset": task.preset,
@@ -212,7 +206,7 @@ def _tuning(tuning: FineTuning, count: int, epochs: float | None, name: str) -> 
     if epochs is None:
         return tuning
     steps = max(round(epochs * (count // tuning.batch_size)), 1)
-    return dataclasses.replace(tuning, steps=steps, warmup=min(tuning.warmup, steps - 1))
+    return tuning.changed(steps=steps)
 
 
 def _text_report(windows: Batch, bos: str, batch_size: int) -> _Report:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradot_jax.comparison.plan import BASELINE
 from gradot_jax.comparison.plots import draw_gradient_error, draw_kept, draw_utility_privacy
 from gradot_jax.comparison.summary import (
     PAIRED,
@@ -17,7 +18,6 @@ from gradot_jax.comparison.summary import (
     summarise_compressions,
     validity,
 )
-from gradot_jax.comparison.variants import BASELINE
 from gradot_jax.evaluation.record import write_result
 
 NOT_RUN = "not run"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
-from gradot_jax.comparison.variants import BASELINE, FLOOR, REFERENCES, same_system
+from gradot_jax.comparison.plan import BASELINE, FLOOR, REFERENCES
+from gradot_jax.methods.table import METHODS
 
 QUANTITIES = {
     "zero_shot": (),
@@ -61,9 +62,17 @@ class Interval(NamedTuple):
     count: int
 
 
-def planned(result: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """Methods and budgets of the grid, finished or not."""
-    return list(dict.fromkeys((c["method"], c["budget"]) for c in result["cases"]))
+def planned(result: Mapping[str, Any], task: str | None = None) -> list[tuple[str, float | None]]:
+    """Methods and budgets of the plan, finished or not; of one task, or of all."""
+    rows = result["planned"] if task is None else select(result["planned"], task=task)
+    return list(dict.fromkeys((row["method"], row["budget"]) for row in rows))
+
+
+def same_system(result: Mapping[str, Any], method: str, other: str) -> bool:
+    """Whether two compared names are settings of one method, as `gradot` and `gradot+` are."""
+    ours, theirs = (result["systems"].get(name, name) for name in (method, other))
+    known = ours in METHODS and theirs in METHODS
+    return METHODS[ours].compress is METHODS[theirs].compress if known else ours == theirs
 
 
 def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -73,10 +82,11 @@ def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     summary = []
     for name, task in result["tasks"].items():
-        for method, budget in planned(result):
+        for method, budget in planned(result, name):
             rows = select(result["rows"], task=name, method=method, budget=budget)
             row = {"task": name, "method": method, "budget": budget, "runs": len(rows)}
             row["learning_rate"] = rows[0]["learning_rate"] if rows else None
+            row["bracketed"] = rows[0]["bracketed"] if rows else None
             row["untuned"] = sum(r.get("best_step") == 0 for r in rows)
             values = {q: _values(rows, q, task["metric"]) for q in QUANTITIES}
             summary.append(row | {q: estimate(v) if v else None for q, v in values.items()})
@@ -103,7 +113,7 @@ def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     differences = []
     for name, task in result["tasks"].items():
-        for method, budget in planned(result):
+        for method, budget in planned(result, name):
             rows = select(result["rows"], task=name, method=method, budget=budget)
             base = select(result["rows"], task=name, method=BASELINE, budget=budget)
             if method == BASELINE or not rows or not base:
@@ -151,7 +161,7 @@ def validity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         checks[name] = {
             "V1": _check(gain, task["validity"]["gain"]),
             "V2": _check(loss, task["validity"]["loss"]),
-            "V3": _v3(others, select(pairs, task=name)),
+            "V3": _v3(result, others, select(pairs, task=name)),
         }
     return checks
 
@@ -207,9 +217,9 @@ def _check(got: float, threshold: float) -> dict[str, Any]:
     return {"holds": got >= threshold, "got": got, "threshold": threshold}
 
 
-def _v3(rows, pairs) -> dict[str, Any]:
+def _v3(result, rows, pairs) -> dict[str, Any]:
     negative = [f"{r['method']} {r['budget']:g}" for r in rows if not r["delta"].mean > 0]
-    others = {row["method"] for row in rows if not same_system(row["method"], BASELINE)}
+    others = {r["method"] for r in rows if not same_system(result, r["method"], BASELINE)}
     intervals = {
         f"{p['method']} {p['budget']:g}": p["plug_in"] for p in pairs if p["method"] in others
     }

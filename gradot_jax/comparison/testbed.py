@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from gradot_jax.files.digest import tree_digest
-from gradot_jax.models.family import ModelConfig
+from gradot_jax.data.recipe import FineTuning, Validity
+from gradot_jax.files.digest import json_digest, tree_digest
+from gradot_jax.models.family import ModelConfig, config_identity
 from gradot_jax.models.params import Params
 from gradot_jax.models.partition import shard_params
 from gradot_jax.models.split import AdapterSpec
@@ -16,49 +17,6 @@ from gradot_jax.nn.batch import Batch
 from gradot_jax.parallel import DeviceMesh
 
 Measure = Callable[[ModelConfig, Params], dict[str, float]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuning:
-    """Settings for AdamW whose rate rises linearly from 0 over `warmup` steps, then falls to 0.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: examples a step.
-        learning_rate: peak.
-        warmup: steps.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        weight_decay: decoupled.
-        clip_norm: largest norm of the whole gradient.
-        evaluations: of the development loss, besides the one before the first step; the adapter
-            of the best is taken.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int = 10
-    b1: float = 0.9
-    b2: float = 0.98
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    evaluations: int = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Validity:
-    """How much must happen on a task for a comparison on it to mean something.
-
-    For a perplexity both are relative (0.25 is a quarter), for scores they are points.
-
-    Attributes:
-        gain: least improvement by tuning the full model (V1).
-        loss: least loss without a middle, tuned, against the full model, tuned (V2).
-    """
-
-    gain: float
-    loss: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +91,26 @@ class Testbed:
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compute_dtype: str = "float32"
     mesh: DeviceMesh | None = None
+
+    @functools.cached_property
+    def model_digest(self) -> str:
+        """SHA-256 of the weights and of the configuration that says how they are used."""
+        return json_digest([config_identity(self.config), tree_digest(self.params)])
+
+    @functools.cached_property
+    def held_out_digest(self) -> str:
+        """Of the text on which gradients are compared."""
+        return tree_digest(list(self.held_out))
+
+    def calibration_digest(self, draw: int) -> str:
+        """Of a draw of calibration text."""
+        if draw not in self._draws:
+            self._draws[draw] = tree_digest(list(self.calibration(draw)))
+        return self._draws[draw]
+
+    @functools.cached_property
+    def _draws(self) -> dict[int, str]:
+        return {}
 
     def measure(self, task: Task, params: Params) -> dict[str, float]:
         """Metrics of a model on a task's test part."""

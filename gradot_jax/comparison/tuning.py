@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradot_jax.comparison.testbed import FineTuning, Task, Testbed
+from gradot_jax.comparison.testbed import Task, Testbed
 from gradot_jax.data.examples import epoch_batches, eval_batches
+from gradot_jax.data.recipe import FineTuning
 from gradot_jax.models.params import Params, concatenate_blocks, slice_blocks
 from gradot_jax.models.split import Adapter, SplitModel
 from gradot_jax.training.adapter import finetune_adapter

@@ -39,6 +39,12 @@ class Question(NamedTuple):
     choices: tuple[str, ...]
     accepted: tuple[int, ...]
 
+    @property
+    def accepted_alone(self) -> "Question":
+        """The question with none but its right answers."""
+        right = tuple(self.choices[index] for index in self.accepted)
+        return Question(self.prompt, right, tuple(range(len(right))))
+
 
 class Row(NamedTuple):
     """One row of a data set; its methods refuse what is not of the expected type.
@@ -151,11 +157,23 @@ def _webqs(row: Row) -> Question:
     return Question(_cue(row.text("question")), aliases, tuple(range(len(aliases))))
 
 
+def _prepared(row: Row) -> Question:
+    choices = row.texts("choices")
+    return Question(row.text("prompt"), choices, (row.index("answer", len(choices)),))
+
+
+def documents(rows: Iterable[Row], preset: Preset, part: Part) -> Iterator[str]:
+    """Texts as they are."""
+    del preset, part
+    return (row.text("text") for row in rows)
+
+
 openbookqa: Reader = _alike(_openbookqa)
 arc: Reader = _alike(_arc)
 piqa: Reader = _alike(_piqa)
 hellaswag: Reader = _alike(_hellaswag)
 webqs: Reader = _alike(_webqs)
+prepared: Reader = _alike(_prepared)
 
 
 def sciq(rows: Iterable[Row], preset: Preset, part: Part) -> Iterator[Question]:

@@ -1,6 +1,10 @@
-"""The downstream data of the offsite-tuning papers: eight question sets and WikiText-2.
+"""The downstream tasks, one record each: their data, their metric, how they are tuned on.
 
-A task is read in one of two presets.
+Eight question sets and WikiText-2 are those of the offsite-tuning papers. The others are made by
+`scripts/real_data.sh` from what packages ship, so that a small model can be measured without a
+network; they are known in one wording only.
+
+A task of the papers is read in one of two presets.
 
 `paper` is the text of offsite-tuning's code (arXiv 2302.04870), which its successors share.
 Answers follow the prompt without a space in seven of the eight, nothing ends them, blocks are as
@@ -26,6 +30,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from gradot_jax.data import questions
 from gradot_jax.data.questions import Part, Preset, Question, Row
+from gradot_jax.data.recipe import FineTuning, Validity
 from gradot_jax.data.records import (
     Item,
     ItemRecords,
@@ -57,6 +62,12 @@ class Splits(NamedTuple):
     report: str
 
 
+PAPERS = FineTuning(
+    steps=300, batch_size=32, learning_rate=5e-5, warmup=0, b2=0.999, evaluations=10
+)
+"""As offsite-tuning trains OPT-1.3B on question sets, but for the number of steps."""
+_SHORT = FineTuning(steps=60, batch_size=16, learning_rate=3e-4)
+_POINTS = Validity(gain=3, loss=3)
 _OWN = Splits("train", "validation", "test")
 _HELD_OUT = Splits("train[5%:]", "train[:5%]", "test")
 _NO_TEST = Splits("train", "validation", "validation")
@@ -65,31 +76,38 @@ _NO_TEST_HELD_OUT = Splits("train[5%:]", "train[:5%]", "validation")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskDescription:
-    """Where a task's data is and how it is read.
+    """Where a task's data is, how it is read, and how models are tuned on it.
 
     Attributes:
-        hub_id: name on the Hugging Face hub.
+        hub_id: name on the Hugging Face hub; None of what `scripts/real_data.sh` makes.
         config: of the data set; None for its only one.
         columns: that are read.
         read: questions, or documents, of the rows of one part.
-        paper: splits in that preset.
+        paper: splits in that preset; None of a task that the papers have not.
         corrected: splits in that preset.
         metric: that is published.
         space: whether the paper's code puts a space before the answers it trains on.
+        ends: whether answers are to be ended by `eos_token_id`; the others say themselves how they
+            end.
         paper_length: T of its longest examples; its blocks have one token more.
         corrected_length: T of ours.
+        tuning: settings to start from.
+        validity: what must happen for a comparison on it to mean something.
     """
 
-    hub_id: str
+    hub_id: str | None = None
     config: str | None = None
     columns: tuple[str, ...]
     read: Callable[[Iterable[Row], Preset, Part], Iterator[Question | str]]
-    paper: Splits = _OWN
+    paper: Splits | None = _OWN
     corrected: Splits = _OWN
     metric: Metric = "accuracy"
     space: bool = False
+    ends: bool = True
     paper_length: int = 1023
     corrected_length: int = 1024
+    tuning: FineTuning = PAPERS
+    validity: Validity = _POINTS
 
 
 def _arc(config: str) -> TaskDescription:
@@ -98,6 +116,18 @@ def _arc(config: str) -> TaskDescription:
         config=config,
         columns=("question", "choices", "answerKey"),
         read=questions.arc,
+    )
+
+
+def _made(metric: Metric) -> TaskDescription:
+    return TaskDescription(
+        columns=("prompt", "choices", "answer"),
+        read=questions.prepared,
+        paper=None,
+        metric=metric,
+        ends=False,
+        tuning=_SHORT,
+        validity=Validity(gain=10, loss=10),
     )
 
 
@@ -155,9 +185,25 @@ TASKS: Mapping[str, TaskDescription] = {
         metric="perplexity",
         paper_length=511,
         corrected_length=512,
+        validity=Validity(gain=0.1, loss=0.1),
+    ),
+    "city": _made("exact_match"),
+    "wnkind": _made("accuracy"),
+    "social-iqa": _made("accuracy"),
+    "colored-objects": _made("accuracy"),
+    "gcide": TaskDescription(
+        columns=("text",),
+        read=questions.documents,
+        paper=None,
+        metric="perplexity",
+        corrected_length=128,
+        tuning=_SHORT,
+        validity=Validity(gain=0.25, loss=0.8),
     ),
 }
 """Every task by name."""
+PAPER_TASKS = tuple(name for name, task in TASKS.items() if task.paper)
+"""Those of the papers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,6 +258,12 @@ def load_task(
         raise InputError(f"limit must be at least 1, got {limit}")
     task, paper = TASKS[name], preset == "paper"
     splits = task.paper if paper else task.corrected
+    if splits is None:
+        raise InputError(f"{name}: no task of the papers; expected the preset corrected")
+    if task.hub_id is None and data is None:
+        raise InputError(
+            f"{name}: not on the Hugging Face Hub; scripts/real_data.sh makes its data"
+        )
     read = functools.partial(_read, name, data, preset, limit)
     space = "" if paper and not task.space else " "
     train, dropped = _to_learn(*read("train", splits.train), space)
@@ -222,10 +274,10 @@ def load_task(
         splits=splits,
         train=train,
         validation=validation,
-        report=_to_report(*read("report", splits.report)),
+        report=_to_report(*read("report", splits.report), task.metric),
         metric=task.metric,
         length=task.paper_length if paper else task.corrected_length,
-        append_eos=not paper and isinstance(train, PromptRecords),
+        append_eos=task.ends and not paper and isinstance(train, PromptRecords),
         report_bos=not paper,
         num_left_out=dropped + dropped_too,
     )
@@ -283,7 +335,9 @@ def _read(
     """Questions or documents of one part, and its label."""
     task, label = TASKS[name], f"{name} {split}"
     hint = f"a local folder laid out as {task.hub_id} needs no network"
-    path, config = task.hub_id, task.config
+    if task.hub_id is None:
+        hint = "scripts/real_data.sh makes it"
+    path, config = str(task.hub_id), task.config
     if data is not None:
         path, config = _folder(Path(data), task.config, label, hint)
     table = load_table(path, config, split, where=label, hint=hint)
@@ -342,9 +396,12 @@ def _to_learn(
     return PromptRecords(records, label), len(pairs) - len(records)
 
 
-def _to_report(read: tuple, label: str) -> ItemRecords | TextRecords:
+def _to_report(read: tuple, label: str, metric: Metric) -> ItemRecords | TextRecords:
     if isinstance(read[0], str):
         return TextRecords(read, label)
+    if metric == "exact_match":
+        # What is not accepted plays no part in a match.
+        read = tuple(question.accepted_alone for question in read)
     items = (
         Item(question.prompt, tuple(f" {text}" for text in question.choices), question.accepted)
         for question in read

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradot_jax.comparison.testbed import FineTuning, Measure, Testbed, Validity
+from gradot_jax.comparison.plan import FLOOR, FULL, single
+from gradot_jax.comparison.testbed import Measure, Testbed
 from gradot_jax.comparison.testbed import Task as ComparedTask
-from gradot_jax.comparison.variants import FLOOR, FULL
 from gradot_jax.data.examples import eval_batches, take
+from gradot_jax.data.recipe import FineTuning, Validity
 from gradot_jax.data.tokenizer import load_tokenizer
 from gradot_jax.demo.bundled_tasks import FINE_TUNING, Task, calibration_examples, load_tasks
 from gradot_jax.demo.corpus import bundled_facts, bundled_model
@@ -58,16 +59,11 @@ def run_demo(
     Raises:
         InputError: for an unknown method, or a budget out of range.
     """
-    from gradot_jax.comparison.grid import Grid, run_comparison
+    from gradot_jax.comparison.comparison import run_comparison
 
-    grid = Grid(
-        methods=tuple(dict.fromkeys((FULL, *methods, FLOOR))),
-        budgets=(budget,),
-        seeds=tuple(range(seeds)),
-        draws=tuple(range(draws)),
-        rates=(1.0,),
-    )
-    return run_comparison(bundled_testbed(tasks, tuning=FINE_TUNING), grid, out)
+    compared = tuple(dict.fromkeys((FULL, *methods, FLOOR)))
+    plan = single(compared, (budget,), tasks, seeds=seeds, draws=draws, rates=(1.0,))
+    return run_comparison(bundled_testbed(tasks, tuning=FINE_TUNING), plan, out)
 
 
 def bundled_testbed(

@@ -13,8 +13,8 @@ from typing import Generic, Literal, TypeVar
 import jax
 import numpy as np
 
-from gradot_jax.comparison.testbed import FineTuning
 from gradot_jax.data.examples import prompt_examples, take, text_examples, token_stream, windows
+from gradot_jax.data.recipe import FineTuning
 from gradot_jax.data.records import Prompt, PromptRecords
 from gradot_jax.demo.corpus import Facts, fact_pass, prose_documents, stdlib_sources
 from gradot_jax.nn.batch import Batch

@@ -1,9 +1,11 @@
 """Results as JSON files with a record of the environment that made them."""
 
+import functools
 import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,15 +15,25 @@ import jax
 
 import gradot_jax
 from gradot_jax.errors import InputError
+from gradot_jax.files.digest import sources_digest
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGE = Path(gradot_jax.__file__).parent
+_NUMERICAL = "linalg nn curvature compression models calibration training methods".split()
+"""Folders of the package that figures depend on."""
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices; nothing that names the machine, its user or its folders."""
+    """Versions and devices; nothing that names the machine, its user or its folders.
+
+    `code` is a digest of the sources that figures depend on, `commit` that of the checkout which
+    the package lies in, if it lies in one.
+    """
     device = jax.devices()[0]
     return {
         "gradot_jax": gradot_jax.__version__,
+        "commit": _commit(),
+        "code": code_digest(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _LIBRARIES},
         "platform": device.platform,
@@ -29,6 +41,24 @@ def environment() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "num_cores": os.cpu_count(),
     }
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the sources that figures depend on, 16 hexadecimal digits."""
+    return sources_digest([_PACKAGE / folder for folder in _NUMERICAL])[:16]
+
+
+@functools.cache
+def _commit() -> str | None:
+    if not (_PACKAGE.parent / ".git").exists():
+        return None
+    asked = ("git", "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD")
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def write_result(path: str | Path, result: Mapping[str, Any]) -> None:

@@ -25,6 +25,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sources_digest(folders: Iterable[Path]) -> str:
+    """Of the names and contents of the Python files in folders, at any depth."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            name = path.relative_to(folder.parent).as_posix()
+            digest.update(f"{name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def json_digest(values: Any) -> str:
     """Of JSON values, whatever the order of their keys."""
     return bytes_digest(json.dumps(values, sort_keys=True).encode())

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gradot_jax.comparison.testbed import FineTuning, Task, Testbed, Validity
+from gradot_jax.comparison.testbed import Task, Testbed
+from gradot_jax.data.recipe import FineTuning, Validity
 from gradot_jax.evaluation.perplexity import perplexity
 from gradot_jax.models.split import AdapterSpec
 from gradot_jax.nn.batch import Batch

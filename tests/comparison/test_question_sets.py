@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from gradot_jax.comparison.question_sets import question_tasks, question_testbed
-from gradot_jax.comparison.testbed import FineTuning
+from gradot_jax.data.recipe import FineTuning
 from gradot_jax.data.records import Item, ItemRecords
 from gradot_jax.data.tokenizer import load_tokenizer
 from gradot_jax.errors import InputError

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradot_jax.comparison.testbed import FineTuning
 from gradot_jax.comparison.tuning import all_blocks, rated_optimizer, tune
+from gradot_jax.data.recipe import FineTuning
 from gradot_jax.models.split import split_model
 from gradot_jax.training.adapter import train_step
 from gradot_jax.training.optimizer import make_optimizer
