@@ -1,13 +1,20 @@
 """`gradot finetune`: the data owner's step."""
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gradot_jax.cli.common import OnHosts, check_new, fit_batch
+from gradot_jax.cli.common import OnHosts, check_new, fit_batch, say
 from gradot_jax.errors import InputError
 
-_SETTINGS = "accumulate learning_rate schedule weight_decay clip_norm seed dtype".split()
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gradot_jax.training.loop import Trained
+
+_FIRST_RATES = (1e-4, 2e-4)
+_SETTINGS = "accumulate schedule weight_decay clip_norm seed dtype".split()
 """What a resumed run must agree on, besides bundle and data."""
 
 
@@ -17,7 +24,8 @@ class Finetune(OnHosts):
 
     Writes OUT/adapter, to return to the model's owner, OUT/metrics.jsonl, and OUT/checkpoints,
     from which --resume goes on. With validation data the adapter of least validation loss is
-    returned, never one worse than the adapter that was shipped.
+    returned, never one worse than the adapter that was shipped. `--learning-rate auto` writes what
+    every rate came to into OUT/rates.json, and its history and checkpoints into OUT/rates.
 
     Example: gradot finetune --bundle opt-1.3b-offsite/bundle --train train.jsonl
     --validation dev.jsonl --num-steps 500 --learning-rate 5e-5 --out tuned
@@ -31,7 +39,8 @@ class Finetune(OnHosts):
         num_steps: batches to train on.
         batch_size: examples a batch.
         accumulate: batches whose gradients make one update.
-        learning_rate: the peak of the schedule.
+        learning_rate: the peak of the schedule; `auto` tries rates from 1e-4 on until the one of
+            least validation loss has a lower and a higher one beside it that are no better.
         schedule: how it falls after the warm-up.
         warmup_steps: updates over which it rises; a thirtieth of them by default.
         weight_decay: of matrices.
@@ -53,7 +62,7 @@ class Finetune(OnHosts):
     num_steps: int = 300
     batch_size: int = 16
     accumulate: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float | Literal["auto"] = 1e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int | None = None
     weight_decay: float = 0.0
@@ -74,6 +83,8 @@ class Finetune(OnHosts):
                 f"num_steps must be a multiple of accumulate, got {self.num_steps} and "
                 f"{self.accumulate}"
             )
+        if self.learning_rate == "auto" and self.validation is None:
+            raise InputError("--learning-rate auto chooses by validation loss: give --validation")
         check_new(self.out, overwrite=self.overwrite or self.resume)
         import shutil
 
@@ -83,21 +94,24 @@ class Finetune(OnHosts):
         from gradot_jax.offsite.adapter_file import save_adapter
         from gradot_jax.offsite.bundle import receive
         from gradot_jax.parallel import one_writer, to_host
-        from gradot_jax.training.adapter import finetune_adapter
-        from gradot_jax.training.optimizer import make_optimizer
+        from gradot_jax.training.adapter import train_adapter
+        from gradot_jax.training.loop import Trained
+        from gradot_jax.training.optimizer import make_optimizer, rated_optimizer
 
         mesh = self.device_mesh()
         updates = self.num_steps // self.accumulate
         warmup = updates // 30 if self.warmup_steps is None else self.warmup_steps
-        optimizer = make_optimizer(
-            learning_rate=self.learning_rate,
-            num_steps=updates,
-            warmup_steps=warmup,
-            schedule=self.schedule,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-            accumulate=self.accumulate,
-        )
+        first = _FIRST_RATES[0] if self.learning_rate == "auto" else self.learning_rate
+        schedule: dict[str, Any] = {
+            "learning_rate": first,
+            "num_steps": updates,
+            "warmup_steps": warmup,
+            "schedule": self.schedule,
+            "weight_decay": self.weight_decay,
+            "clip_norm": self.clip_norm,
+            "accumulate": self.accumulate,
+        }
+        optimizer = make_optimizer(**schedule)
         bundle = receive(self.bundle, dtype="float32", with_tokenizer=False)
         tokenizer = open_tokenizer(self.bundle, bundle.config)
         examples = training_examples(tokenizer, bundle.config, self.train, self.sequence_length)
@@ -113,32 +127,78 @@ class Finetune(OnHosts):
                 shutil.rmtree(self.out, ignore_errors=True)
             if writes:
                 self.out.mkdir(parents=True, exist_ok=True)
-        adapter = finetune_adapter(
-            bundle.config,
-            bundle.emulator,
-            lambda step: epoch_batches(examples, batch_size, seed=self.seed, start_step=step),
-            optimizer,
-            num_steps=self.num_steps,
-            validation_batches=validation,
-            evaluate_every=self.evaluate_every or max(self.num_steps // 10, 1),
-            compute_dtype=self.dtype,
-            remat=self.remat,
-            mesh=mesh,
-            checkpoints=self.out / "checkpoints",
-            settings={
-                **{name: getattr(self, name) for name in _SETTINGS},
-                # A constant rate knows no end, so that such a run may go on for longer.
-                "updates": None if self.schedule == "constant" else updates,
-                "warmup_steps": warmup,
-                "batch_size": batch_size,
-                "train": tree_digest(examples),
-            },
-            resume=self.resume,
-            metrics_path=self.out / "metrics.jsonl",
-            progress=True,
-        )
-        adapter = to_host(adapter)
+
+        def train(rate: float, folder: Path) -> Trained:
+            searched = self.learning_rate == "auto"
+            return train_adapter(
+                bundle.config,
+                bundle.emulator,
+                lambda step: epoch_batches(examples, batch_size, seed=self.seed, start_step=step),
+                rated_optimizer(rate / first, **schedule) if searched else optimizer,
+                num_steps=self.num_steps,
+                validation_batches=validation,
+                evaluate_every=self.evaluate_every or max(self.num_steps // 10, 1),
+                compute_dtype=self.dtype,
+                remat=self.remat,
+                mesh=mesh,
+                checkpoints=folder / "checkpoints",
+                settings={
+                    **{name: getattr(self, name) for name in _SETTINGS},
+                    "learning_rate": rate,
+                    # A constant rate knows no end, so that such a run may go on for longer.
+                    "updates": None if self.schedule == "constant" else updates,
+                    "warmup_steps": warmup,
+                    "batch_size": batch_size,
+                    "train": tree_digest(examples),
+                },
+                resume=self.resume,
+                metrics_path=folder / "metrics.jsonl",
+                progress=True,
+            )
+
+        rate = self.learning_rate
+        trained = self._search(train) if rate == "auto" else train(rate, self.out)
+        adapter = to_host(trained.kept)
         with one_writer(self.out / "adapter") as writes:
             if writes:
                 save_adapter(self.out / "adapter", adapter, bundle, overwrite=self.resume)
                 print(f"{self.out / 'adapter'}: to return to the model's owner")
+
+    def _search(self, train: "Callable[[float, Path], Trained]") -> "Trained":
+        """The run of the best rate, its history in OUT."""
+        import math
+
+        from gradot_jax.evaluation.record import write_result
+        from gradot_jax.parallel import one_writer, to_host
+        from gradot_jax.training.loop import DivergenceError
+        from gradot_jax.training.rate import search_rate
+
+        best: dict[float, Trained] = {}
+
+        def loss_of(rate: float) -> float:
+            say(f"learning rate {rate:g}", to=sys.stderr)
+            try:
+                trained = train(rate, self.out / "rates" / f"{rate:g}")
+            except DivergenceError as error:
+                say(f"learning rate {rate:g}: {error}", to=sys.stderr)
+                return math.inf
+            loss = math.inf if trained.loss is None else trained.loss
+            if all(loss < (other.loss or 0) for other in best.values()):
+                best.clear()
+                best[rate] = trained._replace(kept=to_host(trained.kept), state=None)
+            return loss
+
+        found = search_rate(loss_of, _FIRST_RATES)
+        if found.rate not in best:
+            raise DivergenceError(f"no learning rate of {sorted(found.losses)} trains")
+        tried = {f"{rate:g}": loss for rate, loss in sorted(found.losses.items())}
+        with one_writer(self.out) as writes:
+            if writes:
+                chosen = {"learning_rate": found.rate, "bracketed": found.bracketed}
+                write_result(self.out / "rates.json", {**chosen, "validation_loss": tried})
+                history = self.out / "rates" / f"{found.rate:g}" / "metrics.jsonl"
+                (self.out / "metrics.jsonl").write_bytes(history.read_bytes())
+        end = "between two that are no better" if found.bracketed else "at the edge of those tried"
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items())
+        say(f"learning rate {found.rate:g}, {end}; validation loss by rate: {losses}")
+        return best[found.rate]

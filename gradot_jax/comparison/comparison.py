@@ -1,4 +1,4 @@
-"""A comparison: what is missing of a plan is run, cell by cell, and the report made of what is there.
+"""A comparison: what is missing of a plan is run, and the report made of what is there.
 
 A cell is one compression, one zero-shot measurement, one trial of a learning rate or one
 fine-tuning run. Several processes may work on one folder.

@@ -122,6 +122,9 @@ class Plan:
         known = (*REFERENCES, *METHODS)
         if taken := [name for name in self.variants if name in known]:
             raise InputError(f"variants: {', '.join(taken)} has its meaning already")
+        for name in self.variants:
+            if self.system(name) not in METHODS:
+                raise InputError(f"variant {name}: unknown method {self.system(name)!r}")
         names = dict.fromkeys(name for stage in self.stages for name in stage.methods)
         unknown = [name for name in names if name not in (*known, *self.variants)]
         if unknown or not names:
@@ -161,8 +164,6 @@ class Plan:
         """
         own = dict(self.variants.get(case.method, {}))
         method = str(own.pop("method", case.method))
-        if method not in METHODS:
-            raise InputError(f"variant {case.method}: unknown method {method!r}")
         read = METHODS[method].options
         fields = {name: value for name, value in training.items() if name in read}
         if case.budget is not None:
@@ -223,12 +224,8 @@ def read_plan(path: Path) -> Plan:
     if not isinstance(values, dict) or not {"stages"} <= values.keys() <= fields:
         raise InputError(f"{path}: expected stages, and perhaps {', '.join(sorted(fields))}")
     try:
-        stages = tuple(
-            Stage(**{k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()})
-            for stage in values["stages"]
-        )
         return Plan(
-            stages=stages,
+            stages=tuple(_stage(**stage) for stage in values["stages"]),
             variants=values.get("variants", {}),
             rates=tuple(values.get("rates", RATES)),
         )
@@ -236,6 +233,11 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"{path}: no plan of a comparison: {error}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _stage(*, methods: list, budgets: list, tasks: list, seeds: int = 1, draws: int = 1) -> Stage:
+    lists = {"methods": tuple(methods), "budgets": tuple(budgets), "tasks": tuple(tasks)}
+    return Stage(**lists, seeds=seeds, draws=draws)
 
 
 def shortened(training: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Plots of a comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,51 +8,79 @@ import numpy as np
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
+from gradot_jax.comparison.frontier import frontiers
 from gradot_jax.comparison.plan import REFERENCES
-from gradot_jax.comparison.summary import planned, select, summarise, summarise_compressions
+from gradot_jax.comparison.summary import (
+    Estimate,
+    planned,
+    select,
+    summarise,
+    summarise_compressions,
+    t_reach,
+)
 from gradot_jax.models.split import AdapterSpec
 
 _MARKERS = "osDvP*X<>"
 
 
-def draw_utility_privacy(path: Path, result: Mapping[str, Any]) -> None:
-    """Plug-in over tuned emulator, a panel per task, a marker per method and budget."""
+def draw_frontier(path: Path, result: Mapping[str, Any]) -> None:
+    """Plug-in over tuned emulator: a panel per task, a line per method through its budgets.
+
+    Bars are 95 % intervals over seeds or draws. Up and to the left is better; what lies below and
+    to the right of a line is what its method dominates.
+    """
     summary = [row for row in summarise(result) if row["plug_in"] and row["emulator_finetuned"]]
     tasks = [name for name in result["tasks"] if select(summary, task=name)]
     if not tasks:
         return
-    figure = Figure(figsize=(5.2 * len(tasks) + 2, 4.6), layout="tight")
+    figure = Figure(figsize=(5.2 * len(tasks) + 2.4, 4.8), layout="tight")
     axes = figure.subplots(1, len(tasks), squeeze=False)
-    colours = _colours(result)
     for axis, name in zip(axes[0], tasks, strict=True):
-        task = result["tasks"][name]
-        for row in select(summary, task=name):
+        _draw_task(axis, result, name, select(summary, task=name))
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=120)
+
+
+def _draw_task(
+    axis: Any, result: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    task, colours = result["tasks"][name], _colours(result)
+    areas = {row["method"]: row["area"] for row in frontiers(result) if row["task"] == name}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = sorted(select(rows, method=method), key=lambda row: -(row["budget"] or 0))
+        colour = colours[method]
+        label = f"{method}, {areas[method].mean:.2f}" if method in areas else method
+        line = [[row[q].mean for row in own] for q in ("emulator_finetuned", "plug_in")]
+        axis.plot(*line, color=colour, linewidth=1, alpha=0.7, label=label)
+        for row in own:
             tuned, plugged = row["emulator_finetuned"], row["plug_in"]
-            budget = "" if row["budget"] is None else f" {row['budget']:g}"
             axis.errorbar(
                 tuned.mean,
                 plugged.mean,
-                xerr=tuned.error,
-                yerr=plugged.error,
+                xerr=_reach(tuned),
+                yerr=_reach(plugged),
                 fmt=_marker(result, row["budget"]),
-                color=colours[row["method"]],
-                label=f"{row['method']}{budget}",
+                color=colour,
             )
-        full = [row["full_finetuned"] for row in select(summary, task=name)]
-        if full[0] is not None:
-            axis.axhline(full[0].mean, color="grey", linestyle="--", label="full model tuned")
-        limits = axis.get_xlim()
-        plugged = select(summary, task=name)[0]["plug_in"].mean
-        axis.axline((plugged, plugged), slope=1, color="lightgrey", label="Delta = 0")
-        axis.set_xlim(limits)
-        axis.set_xlabel("emulator tuned (what the data owner holds)")
-        axis.set_ylabel("plug-in (what the model owner gets)")
-        axis.set_title(task["label"], fontsize=10)
-        if not task["higher_is_better"]:
-            axis.invert_xaxis()
-            axis.invert_yaxis()
-    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=120)
+    for budget in sorted({row["budget"] for row in rows if row["budget"] is not None}):
+        axis.plot([], [], _marker(result, budget), color="grey", label=f"budget {budget:g}")
+    full = [row["full_finetuned"] for row in rows if row["full_finetuned"]]
+    if full:
+        axis.axhline(full[0].mean, color="grey", linestyle="--", label="full model tuned")
+    limits = axis.get_xlim()
+    plugged = rows[0]["plug_in"].mean
+    axis.axline((plugged, plugged), slope=1, color="lightgrey", label="Delta = 0")
+    axis.set_xlim(limits)
+    axis.set_xlabel("emulator tuned (what the data owner holds)")
+    axis.set_ylabel("plug-in (what the model owner gets)")
+    axis.set_title(f"{task['label']}; area dominated in the legend", fontsize=9)
+    if not task["higher_is_better"]:
+        axis.invert_xaxis()
+        axis.invert_yaxis()
+
+
+def _reach(value: Estimate) -> float | None:
+    return None if value.error is None else t_reach(value)
 
 
 def draw_gradient_error(path: Path, result: Mapping[str, Any]) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradot_jax.comparison.frontier import frontiers
 from gradot_jax.comparison.plan import BASELINE
-from gradot_jax.comparison.plots import draw_gradient_error, draw_kept, draw_utility_privacy
+from gradot_jax.comparison.plots import draw_frontier, draw_gradient_error, draw_kept
 from gradot_jax.comparison.summary import (
     PAIRED,
     QUANTITIES,
@@ -28,6 +29,7 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     derived = {
         "summary": list(map(_spelled, summarise(result))),
         "paired": list(map(_spelled, paired_differences(result))),
+        "frontiers": list(map(_spelled, frontiers(result))),
         "validity": validity(result),
     }
     write_result(out / "result.json", {**result, **derived})
@@ -35,15 +37,15 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_plots(out: Path, result: Mapping[str, Any]) -> None:
-    """Writes `utility_privacy.png`, `gradient_error.png` and `kept.png`, those that have data."""
-    draw_utility_privacy(out / "utility_privacy.png", result)
+    """Writes `frontier.png`, `gradient_error.png` and `kept.png`, those that have data."""
+    draw_frontier(out / "frontier.png", result)
     draw_gradient_error(out / "gradient_error.png", result)
     draw_kept(out / "kept.png", result)
 
 
 def report(result: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
-    summary = summarise(result)
+    summary, areas = summarise(result), frontiers(result)
     parts = []
     for name, task in result["tasks"].items():
         better = "higher" if task["higher_is_better"] else "lower"
@@ -55,6 +57,9 @@ def report(result: Mapping[str, Any]) -> str:
                 "Tuning improved no development loss, so the adapter is as it was shipped: "
                 + ", ".join(untuned)
             )
+        parts += [line] if (line := _rates_line(rows)) else []
+        if own := select(areas, task=name):
+            parts.append(f"Area that a method dominates:\n\n{frontier_table(own)}")
     parts.append(f"**compression**\n\n{compression_table(result)}")
     if pairs := paired_differences(result):
         parts.append(
@@ -63,18 +68,49 @@ def report(result: Mapping[str, Any]) -> str:
         )
     if checks := validity(result):
         parts.append(validity_lines(checks))
-    failed = [f"{label} was not run: {why}" for label, why in result["failures"].items()]
-    return "\n\n".join([*parts, *failed]) + "\n"
+    parts += [f"{label} was not run: {why}" for label, why in result["failures"].items()]
+    if result["missing"]:
+        parts.append(f"{result['missing']} of the planned runs are missing.")
+    if len(result["codes"]) > 1:
+        runs = ", ".join(f"{count} by {code}" for code, count in result["codes"].items())
+        parts.append(f"The runs are of {len(result['codes'])} versions of the code: {runs}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _rates_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether every learning rate that was searched for lies between two that are no better."""
+    searched = [row for row in rows if row["rate"] in ("bracketed", "edge")]
+    at_edge = [_label(row) for row in searched if row["rate"] == "edge"]
+    if at_edge:
+        return f"Learning rates at an edge of those that were tried: {', '.join(at_edge)}."
+    return "Every learning rate lies between two that were no better." if searched else ""
+
+
+def frontier_table(areas: Sequence[Mapping[str, Any]]) -> str:
+    """The dominated areas of one task with their intervals over seeds or draws."""
+    titles = ["method", "budgets", "area", "runs"]
+    cells = [
+        [
+            row["method"],
+            ", ".join(map(_budget, row["budgets"])),
+            _interval(row["area"], "{:.3f}"),
+            str(row["area"].count),
+        ]
+        for row in areas
+    ]
+    return markdown(titles, cells)
 
 
 def task_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The five quantities and Delta, mean and standard error; a row that has none is not run."""
-    titles = ["method", "budget", "rate", *(q.replace("_", " ") for q in QUANTITIES), "runs"]
+    """Quantities and Delta, mean and standard error; a row that has none is not run."""
+    nats = [f"{q}_nats" for q in PAIRED if any(row[f"{q}_nats"] for row in rows)]
+    quantities = [*QUANTITIES, *nats]
+    titles = ["method", "budget", "rate", *(q.replace("_", " ") for q in quantities), "runs"]
     cells = []
     for row in rows:
-        values = [_estimate(row[q], 1) for q in QUANTITIES]
+        values = [_estimate(row[q], 2 if q in nats else 1) for q in quantities]
         if not row["runs"]:
-            values = [NOT_RUN] * len(QUANTITIES)
+            values = [NOT_RUN] * len(quantities)
         rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:.2g}"
         cells.append([row["method"], _budget(row["budget"]), rate, *values, str(row["runs"])])
     return markdown(titles, cells)
@@ -163,9 +199,11 @@ def _estimate(value: Estimate | None, digits: int) -> str:
     return shown if value.error is None else f"{shown} ± {value.error:.{digits}f}"
 
 
-def _interval(value: Interval) -> str:
-    shown = f"{value.mean:+.2f}"
-    return shown if value.low is None else f"{shown} [{value.low:+.2f}, {value.high:+.2f}]"
+def _interval(value: Interval, form: str = "{:+.2f}") -> str:
+    if value.low is None or value.high is None:
+        return form.format(value.mean)
+    mean, low, high = map(form.format, (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _percent(value: Estimate | None) -> str:

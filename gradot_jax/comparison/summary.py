@@ -29,6 +29,8 @@ COSTS = (
     "loss_gap seconds added_host_bytes"
 ).split()
 PAIRED = ("plug_in", "emulator_finetuned", "delta")
+LIKELIHOOD = "answer_log_likelihood"
+"""A second measure of tasks that are measured by answers: nats of the right one, mean."""
 CONFIDENCE = 0.95
 
 
@@ -78,7 +80,8 @@ def same_system(result: Mapping[str, Any], method: str, other: str) -> bool:
 def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per task, method and budget: each quantity's `Estimate` over seeds and draws.
 
-    A quantity that was not measured is None; a row without a run has `runs` 0.
+    `plug_in_nats` and the like are log-likelihoods of the right answers, where there are answers. A
+    quantity that was not measured is None; a row without a run has `runs` 0.
     """
     summary = []
     for name, task in result["tasks"].items():
@@ -86,9 +89,10 @@ def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows = select(result["rows"], task=name, method=method, budget=budget)
             row = {"task": name, "method": method, "budget": budget, "runs": len(rows)}
             row["learning_rate"] = rows[0]["learning_rate"] if rows else None
-            row["bracketed"] = rows[0]["bracketed"] if rows else None
+            row["rate"] = _rate_found(rows[0]) if rows else None
             row["untuned"] = sum(r.get("best_step") == 0 for r in rows)
             values = {q: _values(rows, q, task["metric"]) for q in QUANTITIES}
+            values |= {f"{q}_nats": _values(rows, q, LIKELIHOOD) for q in PAIRED}
             summary.append(row | {q: estimate(v) if v else None for q, v in values.items()})
     return summary
 
@@ -128,7 +132,7 @@ def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     * (ours[quantity][task["metric"]] - other[quantity][task["metric"]])
                     for ours, other in pairs
                 }
-                row[quantity] = paired_interval(_observations(gaps))
+                row[quantity] = paired_interval(observations(gaps))
             differences += [row] if pairs else []
     return differences
 
@@ -176,11 +180,16 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def paired_interval(differences: Sequence[float]) -> Interval:
     """Mean of at least one difference, with its 95 % interval."""
-    mean, error, count = estimate(differences)
-    if error is None:
-        return Interval(mean, None, None, count)
-    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
-    return Interval(mean, mean - reach, mean + reach, count)
+    found = estimate(differences)
+    if found.error is None:
+        return Interval(found.mean, None, None, found.count)
+    reach = t_reach(found)
+    return Interval(found.mean, found.mean - reach, found.mean + reach, found.count)
+
+
+def t_reach(value: Estimate) -> float:
+    """Half the width of the 95 % interval of a mean of at least two runs, by Student's t."""
+    return float(stdtrit(value.count - 1, (1 + CONFIDENCE) / 2)) * (value.error or 0.0)
 
 
 def select(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Mapping[str, Any]]:
@@ -188,16 +197,24 @@ def select(rows: Iterable[Mapping[str, Any]], **fields: Any) -> list[Mapping[str
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
+def _rate_found(row: Mapping[str, Any]) -> str:
+    """How a rate came about: `given`, `bracketed`, or at an `edge` of those that were tried."""
+    if not row["trials"]:
+        return "given"
+    return "bracketed" if row["bracketed"] else "edge"
+
+
 def _values(rows: Sequence[Mapping[str, Any]], quantity: str, metric: str) -> list[float]:
     values = {}
     for row in (row for row in rows if row.get(quantity) is not None):
         varies = {name: row[name] for name in QUANTITIES[quantity]}
-        values[varies.get("seed"), varies.get("draw")] = row[quantity][metric]
-    return _observations(values)
+        if metric in row[quantity]:
+            values[varies.get("seed"), varies.get("draw")] = row[quantity][metric]
+    return observations(values)
 
 
-def _observations(values: Mapping[tuple[Any, Any], float]) -> list[float]:
-    """Independent observations of values by (seed, draw): means of draws where there are some."""
+def observations(values: Mapping[tuple[Any, Any], float]) -> list[float]:
+    """Independent observations of values by (seed, draw): each draw's mean where there are some."""
     draws: dict[Any, list[float]] = {}
     for (_, draw), value in values.items():
         draws.setdefault(draw, []).append(value)

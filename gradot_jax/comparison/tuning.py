@@ -1,61 +1,18 @@
 """Fine-tuning runs that differ in seed, rate and weights, and share their compiled step."""
 
-import functools
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gradot_jax.comparison.testbed import Task, Testbed
 from gradot_jax.data.examples import epoch_batches, eval_batches
-from gradot_jax.data.recipe import FineTuning
 from gradot_jax.models.params import Params, concatenate_blocks, slice_blocks
 from gradot_jax.models.split import Adapter, SplitModel
-from gradot_jax.training.adapter import finetune_adapter
-from gradot_jax.training.optimizer import make_optimizer
-
-
-class RatedOptimizer(optax.GradientTransformation):
-    """An optimiser whose rate is part of its state.
-
-    Only `update` enters a compiled step, so those that share it are equal whatever their rate.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RatedOptimizer) and self.update is other.update
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self.update)
-
-
-def rated_optimizer(tuning: FineTuning, factor: float) -> RatedOptimizer:
-    """AdamW, its whole schedule times a factor; equal settings share compiled steps."""
-    base = _optimizer(tuning)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return optax.tree.set(base.init(params), step_size=jnp.asarray(factor, jnp.float32))
-
-    return RatedOptimizer(init, base.update)
-
-
-@functools.cache
-def _optimizer(tuning: FineTuning) -> optax.GradientTransformation:
-    adam = make_optimizer(
-        learning_rate=tuning.learning_rate,
-        num_steps=tuning.steps,
-        warmup_steps=tuning.warmup,
-        weight_decay=tuning.weight_decay,
-        betas=(tuning.b1, tuning.b2),
-        clip_norm=tuning.clip_norm,
-    )
-    return optax.chain(adam, optax.inject_hyperparams(optax.scale)(step_size=1.0))
+from gradot_jax.training.adapter import train_adapter
+from gradot_jax.training.optimizer import rated_optimizer
 
 
 class Tuned(NamedTuple):
@@ -83,11 +40,19 @@ def tune(
         DivergenceError: when a loss or gradient is not finite.
     """
     tuning, began = task.tuning, time.perf_counter()
-    adapter = finetune_adapter(
+    trained = train_adapter(
         bed.config,
         emulator,
         lambda step: epoch_batches(task.train, tuning.batch_size, seed=seed, start_step=step),
-        rated_optimizer(tuning, factor),
+        rated_optimizer(
+            factor,
+            learning_rate=tuning.learning_rate,
+            num_steps=tuning.steps,
+            warmup_steps=tuning.warmup,
+            weight_decay=tuning.weight_decay,
+            betas=(tuning.b1, tuning.b2),
+            clip_norm=tuning.clip_norm,
+        ),
         num_steps=tuning.steps,
         validation_batches=list(eval_batches(task.development, task.evaluation_batch)),
         evaluate_every=-(-tuning.steps // tuning.evaluations),
@@ -95,9 +60,9 @@ def tune(
         mesh=bed.mesh,
         metrics_path=curve,
     )
-    records = map(json.loads, curve.read_text(encoding="utf-8").splitlines())
-    loss, step = min((r["validation_loss"], r["step"]) for r in records if "validation_loss" in r)
-    return Tuned(adapter=adapter, loss=loss, step=step, seconds=time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    assert trained.loss is not None  # it was validated
+    return Tuned(trained.kept, trained.loss, trained.step, seconds)
 
 
 def all_blocks(params: Params) -> SplitModel:

@@ -27,7 +27,7 @@ from gradot_jax.models.split import Adapter, SplitModel
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.dtypes import cast
 from gradot_jax.parallel import DeviceMesh
-from gradot_jax.training.loop import StepMetrics, run_training
+from gradot_jax.training.loop import StepMetrics, Trained, run_training
 from gradot_jax.training.optimizer import current_learning_rate
 
 
@@ -152,7 +152,7 @@ def _adapter_loss(
     return summed_loss(config, params, batch, remat=remat)
 
 
-def finetune_adapter(
+def train_adapter(
     config: ModelConfig,
     emulator: SplitModel,
     train_batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
@@ -169,7 +169,7 @@ def finetune_adapter(
     resume: bool = False,
     metrics_path: Path | str | None = None,
     progress: bool = False,
-) -> Adapter:
+) -> Trained:
     """Trains the adapter of an emulator on next-token loss; everything else is frozen.
 
     Validation is done before the first step, every `evaluate_every` steps and after the last one,
@@ -200,7 +200,7 @@ def finetune_adapter(
         progress: show progress on standard error.
 
     Returns:
-        The best adapter by validation loss, or the last without validation, in float32.
+        With the best adapter by validation loss, or the last without validation, in float32.
 
     Raises:
         InputError: for batches that run out or count no target, or when the checkpoints belong
@@ -244,6 +244,34 @@ def finetune_adapter(
         metrics_path=metrics_path,
         progress=progress,
         description="fine-tuning",
+    )
+
+
+def finetune_adapter(
+    config: ModelConfig,
+    emulator: SplitModel,
+    train_batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    **settings: Any,
+) -> Adapter:
+    """`train_adapter`, of whose result it returns the adapter alone.
+
+    Args:
+        config: the model's variant.
+        emulator: the model; unchanged by the run.
+        train_batches: batches of equal shape, or a function to them.
+        optimizer: see `make_optimizer`.
+        num_steps: batches to train on.
+        settings: further arguments of `train_adapter`.
+
+    Raises:
+        InputError: as `train_adapter`.
+        DivergenceError: when a loss or gradient is not finite.
+    """
+    return train_adapter(
+        config, emulator, train_batches, optimizer, num_steps=num_steps, **settings
     ).kept
 
 

@@ -2,9 +2,10 @@
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gradot_jax.errors import InputError
@@ -66,6 +67,38 @@ shared_optimizer = functools.cache(make_optimizer)
 """The same object for equal settings, so that equal runs share a compiled step."""
 
 
+class RatedOptimizer(optax.GradientTransformation):
+    """An optimiser whose rate is part of its state.
+
+    Only `update` enters a compiled step, so those that share it are equal whatever their rate.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RatedOptimizer) and self.update is other.update
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.update)
+
+
+def rated_optimizer(factor: float, **settings: Any) -> RatedOptimizer:
+    """`make_optimizer`, its whole schedule times a factor; equal settings share compiled steps."""
+    base = _with_step_size(**settings)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return optax.tree.set(base.init(params), step_size=jnp.asarray(factor, jnp.float32))
+
+    return RatedOptimizer(init, base.update)
+
+
+@functools.cache
+def _with_step_size(**settings: Any) -> optax.GradientTransformation:
+    scale = optax.inject_hyperparams(optax.scale)(step_size=1.0)
+    return optax.chain(make_optimizer(**settings), scale)
+
+
 def decay_mask(params):
     """A tree of booleans, true at the leaves that weight decay reaches."""
 
@@ -78,9 +111,14 @@ def decay_mask(params):
 
 def current_learning_rate(state: optax.OptState) -> jax.Array | None:
     """The learning rate of the latest update, or None when the state does not record one."""
-    return optax.tree.get(
-        state, "learning_rate", None, filtering=lambda _, value: isinstance(value, jax.Array)
-    )
+
+    def recorded(name: str) -> jax.Array | None:
+        return optax.tree.get(
+            state, name, None, filtering=lambda _, value: isinstance(value, jax.Array)
+        )
+
+    rate, factor = recorded("learning_rate"), recorded("step_size")
+    return rate if rate is None or factor is None else rate * factor
 
 
 def _schedule(kind: Schedule, peak: float, num_steps: int, warmup_steps: int) -> optax.Schedule:

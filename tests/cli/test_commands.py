@@ -19,6 +19,7 @@ from gradot_jax.models.params import init_params, unstack_blocks
 from gradot_jax.models.run import forward
 from gradot_jax.offsite.adapter_file import load_adapter_for
 from gradot_jax.offsite.bundle import receive
+from gradot_jax.training import adapter
 from gradot_jax.training.stop import Interrupted
 
 IDS = np.array([[2, 4, 5, 7, 9, 11], [2, 22, 3, 8, 10, 6]], np.int32)
@@ -135,6 +136,62 @@ def test_resumed_run_ends_where_an_unbroken_one_does(checkpoint, text, tmp_path)
         for name in ("whole", "parts")
     )
     assert whole == parts
+
+
+def test_a_searched_rate_lies_between_two_and_is_the_run_at_that_rate(
+    checkpoint, text, prompts, tmp_path, capsys
+):
+    run, found = tmp_path / "run", tmp_path / "found"
+    assert compress(checkpoint, text, run) == DONE
+    rest = ["--validation", str(prompts), "--learning-rate"]
+    assert finetune(run / "bundle", prompts, found, *rest, "auto") == DONE
+    assert "between two that are no better" in capsys.readouterr().out
+    rates = json.loads((found / "rates.json").read_text())
+    losses = {float(rate): loss for rate, loss in rates["validation_loss"].items()}
+    best = rates["learning_rate"]
+    assert rates["bracketed"] and min(losses) < best < max(losses)
+    assert losses[best] == min(losses.values())
+    lines = map(json.loads, (found / "metrics.jsonl").read_text().splitlines())
+    history = [line for line in lines if "learning_rate" in line]
+    assert history[0]["learning_rate"] == pytest.approx(best)
+
+    # The same rate asked for is the same run.
+    assert finetune(run / "bundle", prompts, tmp_path / "asked", *rest, str(best)) == DONE
+    ours, theirs = (
+        load_adapter_for(folder / "adapter", receive(run / "bundle"))
+        for folder in (found, tmp_path / "asked")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
+def test_a_search_that_was_stopped_goes_on_with_the_rate_it_was_at(
+    checkpoint, text, prompts, tmp_path, monkeypatch, capsys
+):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert compress(checkpoint, text, run) == DONE
+    rest = ["--validation", str(prompts), "--learning-rate", "auto"]
+    assert finetune(run / "bundle", prompts, tmp_path / "whole", *rest) == DONE
+    train, calls = adapter.train_adapter, []
+
+    def stopped(*args, **settings):
+        calls.append(settings["checkpoints"])
+        if len(calls) == 2:
+            raise Interrupted(signal.SIGTERM, 1)
+        return train(*args, **settings)
+
+    monkeypatch.setattr(adapter, "train_adapter", stopped)
+    assert finetune(run / "bundle", prompts, out, *rest) == 128 + signal.SIGTERM
+    monkeypatch.setattr(adapter, "train_adapter", train)
+    assert finetune(run / "bundle", prompts, out, *rest, "--resume") == DONE
+    for name in ("rates.json", "adapter/adapter.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_search_without_validation_is_refused(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert finetune(tmp_path, tmp_path / "t.txt", out, "--learning-rate", "auto") == REFUSED
+    assert "give --validation" in capsys.readouterr().err
+    assert not out.exists()
 
 
 DRY_RUNS = {

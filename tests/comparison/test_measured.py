@@ -31,7 +31,7 @@ def result(*rows, digest="d1", budgets=(0.4,), **tasks):
     return {
         "model": {"name": "facebook/opt-1.3b", "digest": digest, "width": 2048},
         "settings": settings | {"split": {"num_bottom": 2, "num_top": 2, "inner": []}},
-        "cases": [{"method": "gradot", "budget": b, "draw": 0} for b in budgets],
+        "planned": [{"task": "race", "method": "gradot", "budget": b} for b in budgets],
         "tasks": {name: task(name) for name in names} | tasks,
         "rows": rows,
         "failures": {"crash-0.4": "too few layers"},
@@ -111,7 +111,7 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path):
         load_measured([first, other])
     with pytest.raises(InputError, match=r"a\.json: has piqa, as an earlier file has"):
         load_measured([first, first])
-    with pytest.raises(InputError, match="no result of a comparison, lacks cases, environment"):
+    with pytest.raises(InputError, match="no result of a comparison, lacks environment, failures"):
         load_measured([write(tmp_path / "c.json", {})])
 
 

@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 
 from gradot_jax.comparison.question_sets import question_tasks, question_testbed
-from gradot_jax.data.recipe import FineTuning
 from gradot_jax.data.records import Item, ItemRecords
 from gradot_jax.data.tokenizer import load_tokenizer
 from gradot_jax.errors import InputError
@@ -16,7 +15,7 @@ from gradot_jax.nn.batch import Batch
 
 WORDS = "the cat dog sat ran on under a mat log and then home it was red green big old".split()
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
-TUNING = FineTuning(steps=7, batch_size=3, learning_rate=1e-3, warmup=4)
+CHANGES = {"steps": 7, "batch_size": 3, "learning_rate": 1e-3, "warmup": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +76,7 @@ def tasks(model, tokenizer):
 
     def build(*names, tokenizer=tokenizer, **options):
         settings = {"preset": "corrected"} | options
-        return question_tasks(names, model[0], tokenizer, TUNING, **settings)
+        return question_tasks(names, model[0], tokenizer, changes=CHANGES, **settings)
 
     return build
 

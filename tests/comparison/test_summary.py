@@ -7,20 +7,26 @@ from gradot_jax.comparison.summary import (
     estimate,
     paired_differences,
     paired_interval,
+    same_system,
     select,
     summarise,
     validity,
 )
+from gradot_jax.methods.table import METHODS
 
 TASK = {"label": "toy", "metric": "score", "higher_is_better": True}
 
 
 def make_result(rows, *, higher=True, cases=(), compressions=(), gain=5, loss=5):
     task = {**TASK, "higher_is_better": higher, "validity": {"gain": gain, "loss": loss}}
-    keys = [{k: row[k] for k in ("method", "budget", "draw")} for row in rows]
+    rows_planned = [*rows, *cases]
+    planned = [{"task": "toy", **{k: r[k] for k in ("method", "budget")}} for r in rows_planned]
     return {
         "tasks": {"toy": task},
-        "cases": [*keys, *cases],
+        "planned": planned,
+        "systems": {r["method"]: r["method"] for r in rows_planned},
+        "codes": {"c0de": len(rows)},
+        "missing": len(cases),
         "rows": rows,
         "compressions": list(compressions),
         "settings": {"draws": sorted({row["draw"] or 0 for row in rows})},
@@ -38,7 +44,8 @@ def row(method, plug_in, *, seed=0, draw=0, budget=0.3, emulator=10.0, full=50.0
         "delta": plug_in - emulator,
     }
     row = {"task": "toy", "method": method, "budget": budget, "seed": seed, "draw": draw}
-    return row | {"learning_rate": 1e-3} | {name: {"score": v} for name, v in values.items()}
+    row |= {"learning_rate": 1e-3, "trials": {}, "bracketed": False}
+    return row | {name: {"score": v} for name, v in values.items()}
 
 
 def test_runs_on_one_draw_are_one_observation_and_repeated_measurements_count_once():
@@ -73,14 +80,34 @@ def test_a_positive_difference_is_better_where_lower_is_better():
 def test_what_was_not_run_is_printed_as_such_and_single_runs_have_no_error():
     missing = {"method": "crash", "budget": 0.3, "draw": 0}
     text = report(make_result([row("gradot", 41.25)], cases=[missing]))
-    (ours,) = (line for line in text.splitlines() if line.startswith("| gradot"))
+    ours, area = (line for line in text.splitlines() if line.startswith("| gradot"))
     (theirs,) = (line for line in text.splitlines() if line.startswith("| crash"))
-    assert "41.2" in ours and "±" not in ours
+    assert "41.2" in ours and "±" not in ours and "[" not in area
     assert theirs.count("not run") == 6
 
 
 def test_diverged_runs_are_printed_as_such():
     assert "diverged" in report(make_result([row("gradot", math.nan)]))
+
+
+def test_rates_at_an_edge_are_named():
+    searched = {"trials": {"1": 2.0, "2": 1.0}}
+    inner = row("gradot", 41.0) | searched | {"bracketed": True}
+    edge = row("magnitude", 40.0) | searched
+    assert "lies between two" in report(make_result([inner]))
+    text = report(make_result([inner, edge]))
+    assert "at an edge of those that were tried: magnitude 0.3." in text
+
+
+def test_variants_of_a_system_are_told_from_other_systems():
+    result = {"systems": {"drd": "gradot"} | {name: name for name in METHODS}}
+    for name in METHODS:
+        assert same_system(result, name, "gradot") == name.startswith("gradot")
+        assert same_system(result, name, "drd") == name.startswith("gradot")
+    assert same_system(result, "crash", "crash-own")
+    assert not same_system(result, "crash", "scaleot")
+    assert same_system(result, "forgotten", "forgotten")
+    assert not same_system(result, "forgotten", "gradot")
 
 
 def test_with_several_draws_pairs_are_averaged_within_a_draw():

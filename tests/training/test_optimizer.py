@@ -7,7 +7,12 @@ import pytest
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.params import init_params
-from gradot_jax.training.optimizer import current_learning_rate, decay_mask, make_optimizer
+from gradot_jax.training.optimizer import (
+    current_learning_rate,
+    decay_mask,
+    make_optimizer,
+    rated_optimizer,
+)
 
 PARAMS = {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}
 GRADIENT = jax.tree.map(lambda leaf: 0.1 * leaf, PARAMS)
@@ -102,3 +107,37 @@ def test_an_optimizer_without_a_recorded_rate_has_none():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         make_optimizer(**{"learning_rate": 0.1, "num_steps": 4} | settings)
+
+
+def after_steps(optimizer):
+    params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}
+    state = optimizer.init(params)
+    for i in range(4):
+        gradient = jax.tree.map(lambda leaf, i=i: jnp.cos(leaf + i), params)
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+RATED = {"learning_rate": 1e-2, "num_steps": 5, "warmup_steps": 2, "weight_decay": 0.1}
+
+
+def test_a_factor_on_the_rate_is_that_rate(assert_close):
+    expected = make_optimizer(**(RATED | {"learning_rate": 2e-2}))
+    assert_close(after_steps(rated_optimizer(2.0, **RATED)), after_steps(expected), "float32")
+
+
+def test_optimizers_are_equal_whatever_the_rate_and_differ_by_settings():
+    one, two = rated_optimizer(0.5, **RATED), rated_optimizer(2.0, **RATED)
+    other = rated_optimizer(0.5, **(RATED | {"num_steps": 6}))
+    assert one == two and hash(one) == hash(two)
+    assert one != other
+
+
+def test_the_rate_of_record_is_the_one_that_was_taken():
+    optimizer = rated_optimizer(3.0, **RATED)
+    params = {"kernel": jnp.ones(2)}
+    state = optimizer.init(params)
+    for expected in (0.0, 1.5e-2):
+        _, state = optimizer.update(params, state, params)
+        assert float(current_learning_rate(state)) == pytest.approx(expected)

