@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Params
-from gradot_jax.models.run import forward
+from gradot_jax.models.run import head_operands, last_hidden
 from gradot_jax.nn.batch import Batch
-from gradot_jax.nn.loss import token_log_likelihood
+from gradot_jax.nn.loss import target_scores
 
 
 class SequenceScores(NamedTuple):
@@ -30,10 +30,10 @@ class SequenceScores(NamedTuple):
 @partial(jax.jit, static_argnames="config")
 def sequence_scores(config: ModelConfig, params: Params, batch: Batch) -> SequenceScores:
     """Scores each row of a batch `[B, T]`, every token given the true ones before it."""
-    logits = forward(config, params, batch.input_ids, batch.attention_mask)
+    hidden = last_hidden(config, params, batch.input_ids, batch.attention_mask)
     counted = batch.loss_mask > 0
-    log_likelihood = jnp.where(counted, token_log_likelihood(logits, batch.targets), 0.0)
-    hits = logits.argmax(-1) == batch.targets
+    operands = head_operands(config, params.shell, hidden)
+    scores = target_scores(*operands, batch.targets, counted)
     return SequenceScores(
-        log_likelihood.sum(-1), (hits | ~counted).all(-1), counted.sum(-1, dtype=jnp.int32)
+        scores.log_likelihood.sum(-1), scores.exact.all(-1), counted.sum(-1, dtype=jnp.int32)
     )

@@ -182,7 +182,7 @@ def forward(
     Raises:
         ValueError: when T exceeds the position table.
     """
-    hidden = _run(config, params, input_ids, attention_mask, remat)
+    hidden = last_hidden(config, params, input_ids, attention_mask, remat=remat)
     return head(config, params.shell, hidden)
 
 
@@ -194,16 +194,21 @@ def summed_loss(
 
     Logits of a whole batch are never there at once, see `gradot_jax.nn.loss`.
     """
-    hidden = _run(config, params, batch.input_ids, batch.attention_mask, remat)
+    hidden = last_hidden(config, params, batch.input_ids, batch.attention_mask, remat=remat)
     weights = batch.loss_mask.astype(jnp.float32)
     operands = head_operands(config, params.shell, hidden)
     return cross_entropy(*operands, batch.targets, weights), weights.sum()
 
 
-def _run(
-    config: ModelConfig, params: Params, input_ids: jax.Array, mask: jax.Array | None, remat: bool
+def last_hidden(
+    config: ModelConfig,
+    params: Params,
+    input_ids: jax.Array,
+    mask: jax.Array | None,
+    *,
+    remat: bool = False,
 ) -> jax.Array:
-    """The residual stream after the last block, `[B, T, D]`."""
+    """The residual stream after the last block, `[B, T, D]`; see `forward`."""
     if input_ids.ndim != 2 or input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"input_ids must be [B, T] with T <= {config.max_position_embeddings}, "

@@ -7,7 +7,8 @@ once: they are the largest array of a language model by far.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -106,6 +107,9 @@ def loss_cotangents(
 ) -> LossCotangents:
     """The loss of a linear head and its derivatives, a few positions of each sequence at a time.
 
+    Positions that count go first, and pieces in which none does are skipped: of a prompt with its
+    completion the head reads little more than the completion.
+
     Args:
         hidden: `[B, T, E]`, what the head reads.
         kernel: `[E, V]`, of the same dtype.
@@ -119,32 +123,111 @@ def loss_cotangents(
     batch, length, width = hidden.shape
     chex.assert_shape(kernel, (width, None))
     chex.assert_shape([targets, weights], (batch, length))
-    # Sequences are cut, not the batch, whose rows may lie on several devices.
+
+    def compute(weights, hidden, targets, key):
+        part = _piece(kernel, hidden, targets, weights, key, of_hidden, of_kernel)
+        return (part.loss, part.kernel), (part.hidden, part.sampled)
+
+    weights = weights.astype(jnp.float32)
+    sums, rows = _by_pieces(compute, weights, kernel.shape[1], (hidden, targets), key)
+    loss, gradient = sums
+    return LossCotangents(
+        loss, rows[0], None if gradient is None else gradient.astype(kernel.dtype), rows[1]
+    )
+
+
+class TargetScores(NamedTuple):
+    """Scores of each token; 0 and true where a token does not count.
+
+    Attributes:
+        log_likelihood: of the target, nats, `[B, T]`, float32.
+        exact: whether the target is the most likely token, `[B, T]`.
+    """
+
+    log_likelihood: jax.Array
+    exact: jax.Array
+
+
+def target_scores(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, counted: jax.Array
+) -> TargetScores:
+    """What a linear head makes of targets, a few positions of each sequence at a time.
+
+    Args:
+        hidden: `[B, T, E]`, what the head reads.
+        kernel: `[E, V]`, of the same dtype.
+        targets: `[B, T]` token ids.
+        counted: `[B, T]`, whether a token counts.
+    """
+    chex.assert_shape([targets, counted], hidden.shape[:2])
+
+    def compute(counted, hidden, targets, _):
+        logits = jnp.dot(hidden, kernel)
+        likelihood = jnp.where(counted, token_log_likelihood(logits, targets), 0.0)
+        # Not exact where it counts, so that pieces that are skipped, which are zero, are exact.
+        return (), TargetScores(likelihood, counted & (logits.argmax(-1) != targets))
+
+    _, scores = _by_pieces(compute, counted, kernel.shape[1], (hidden, targets), None)
+    return scores._replace(exact=~scores.exact)
+
+
+def _by_pieces(
+    compute: Callable[..., tuple[Any, Any]],
+    weights: jax.Array,
+    vocab_size: int,
+    arrays: tuple[jax.Array, ...],
+    key: jax.Array | None,
+) -> tuple[Any, Any]:
+    """Sums and rows `[B, T, ...]` of what is computed for a few positions at a time.
+
+    Args:
+        compute: from weights, arrays and key of a piece to its sums and its rows, which are zero
+            where no weight is set.
+        weights: `[B, T]`.
+        vocab_size: V.
+        arrays: `[B, T, ...]`.
+        key: split for the pieces, if there is one.
+    """
+    batch, length = weights.shape
     most = MAX_LOGITS
     if jax.default_backend() == "cpu":
-        most = max(_MAX_LOGITS_CPU, _MIN_TOKENS_CPU * kernel.shape[1])
-    pieces = min(math.ceil(batch * length * kernel.shape[1] / most), length)
+        most = max(_MAX_LOGITS_CPU, _MIN_TOKENS_CPU * vocab_size)
+    # Sequences are cut, not the batch, whose rows may lie on several devices.
+    pieces = min(math.ceil(batch * length * vocab_size / most), length)
     size = math.ceil(length / pieces)
+    # Stable, so that a text stays as it is.
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+
+    def moved(x: jax.Array, order: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, order.reshape(batch, length, *[1] * (x.ndim - 2)), axis=1)
 
     def cut(x: jax.Array) -> jax.Array:
+        x = moved(x, order)
         x = jnp.pad(x, [(0, 0), (0, size * pieces - length), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(batch, pieces, size, *x.shape[2:]), 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, width)[:, :length]
+        x = jnp.moveaxis(x, 0, 1)
+        return moved(x.reshape(batch, -1, *x.shape[3:])[:, :length], back)
+
+    def zeros(piece) -> Any:
+        shapes = jax.eval_shape(lambda piece: compute(*piece), piece)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def step(sums, piece):
-        part = _piece(kernel, *piece, of_hidden, of_kernel)
-        sums = jax.tree.map(jnp.add, sums, (part.loss, part.kernel))
-        return sums, (part.hidden, part.sampled)
+        if pieces == 1:
+            part, rows = compute(*piece)
+        else:
+            counted = (piece[0] != 0).any()
+            part, rows = jax.lax.cond(counted, lambda piece: compute(*piece), zeros, piece)
+        return jax.tree.map(jnp.add, sums, part), rows
 
     keys = None if key is None else jax.random.split(key, pieces)
-    parts = (cut(hidden), cut(targets), cut(weights.astype(jnp.float32)), keys)
-    zeros = (jnp.zeros(()), jnp.zeros(kernel.shape) if of_kernel else None)
-    (loss, gradient), rows = jax.lax.scan(step, zeros, parts)
-    rows, sampled = jax.tree.map(join, rows)
-    gradient = None if gradient is None else gradient.astype(kernel.dtype)
-    return LossCotangents(loss, rows, gradient, sampled)
+    parts = (cut(weights), *map(cut, arrays), keys)
+    start, _ = zeros(jax.tree.map(lambda leaf: leaf[0], parts))
+    sums, rows = jax.lax.scan(step, start, parts)
+    return sums, jax.tree.map(join, rows)
 
 
 def _piece(

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from gradot_jax.nn import loss
-from gradot_jax.nn.loss import cross_entropy, loss_cotangents, token_log_likelihood
+from gradot_jax.nn.loss import (
+    cross_entropy,
+    loss_cotangents,
+    target_scores,
+    token_log_likelihood,
+)
 
 B, T, E, V = 2, 5, 3, 7
 RNG = np.random.default_rng(0)
@@ -21,6 +26,7 @@ def pieces(request, monkeypatch):
     monkeypatch.setattr(loss, "_MIN_TOKENS_CPU", 1)
     for name in ("MAX_LOGITS", "_MAX_LOGITS_CPU"):
         monkeypatch.setattr(loss, name, 2**25 if request.param == "at once" else 2 * B * V)
+    return request.param
 
 
 def plain(hidden, kernel, targets=TARGETS):
@@ -142,3 +148,43 @@ def test_logits_of_a_large_vocabulary_are_never_there_at_once():
     compiled = jax.jit(jax.grad(cross_entropy)).lower(hidden, kernel, ids, weights).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     assert memory < 4 * loss.MAX_LOGITS * 4
+
+
+def test_pieces_that_do_not_count_are_not_read(pieces, assert_close):
+    """A NaN where nothing counts spoils nothing: no logit of it is made."""
+    weights = np.zeros((B, T), np.float32)
+    weights[0, 3] = weights[1, 4] = 1
+    clean = loss_cotangents(HIDDEN, KERNEL, TARGETS, weights, of_kernel=True)
+    total, of_hidden = 0.0, np.zeros((B, T, E))
+    for b, t in ((0, 3), (1, 4)):
+        p = np.exp(HIDDEN[b, t].astype(np.float64) @ KERNEL)
+        p /= p.sum()
+        total -= np.log(p[TARGETS[b, t]])
+        of_hidden[b, t] = KERNEL @ (p - np.eye(V)[TARGETS[b, t]])
+    assert_close(clean.loss, total, "float32")
+    assert_close(clean.hidden, of_hidden, "float32")
+    if pieces == "in pieces":
+        spoilt = HIDDEN.copy()
+        spoilt[:, :3] = np.nan
+        # The first piece holds what counts, and one other position of each row.
+        spoilt[:, 0] = HIDDEN[:, 0]
+        again = loss_cotangents(spoilt, KERNEL, TARGETS, weights, of_kernel=True)
+        assert_close(again.kernel, clean.kernel, "float32")
+        assert_close(again.hidden, clean.hidden, "float32")
+
+
+def test_scores_of_targets_are_those_of_all_logits(pieces, assert_close):
+    logits = HIDDEN @ KERNEL
+    counted = WEIGHTS > 0
+    targets = np.where(RNG.random((B, T)) < 0.5, logits.argmax(-1), TARGETS)
+    scores = target_scores(HIDDEN, KERNEL, targets, counted)
+    expected = np.where(counted, token_log_likelihood(logits, targets), 0)
+    assert_close(scores.log_likelihood, expected, "float32")
+    exact = (logits.argmax(-1) == targets) | ~counted
+    np.testing.assert_array_equal(scores.exact, exact)
+    assert not exact.all()
+
+
+def test_scores_of_a_diverged_model_are_not_numbers(pieces):
+    scores = target_scores(np.full_like(HIDDEN, np.nan), KERNEL, TARGETS, WEIGHTS > 0)
+    np.testing.assert_array_equal(np.isnan(scores.log_likelihood), WEIGHTS > 0)
