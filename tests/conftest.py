@@ -14,6 +14,7 @@ import importlib.util
 import mmap
 import os
 import shutil
+import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -172,3 +173,36 @@ def toy_batch():
         return Batch(*map(jnp.asarray, (tokens[:, :-1], tokens[:, 1:], ones, ones)))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def gguf_bytes():
+    """Packs metadata and `(name, shape, number of the type, data)` of tensors as a GGUF file."""
+    numbers = {"B": 0, "b": 1, "H": 2, "h": 3, "I": 4, "i": 5, "f": 6, "?": 7, "Q": 10, "q": 11}
+
+    def text(value: str | bytes) -> bytes:
+        data = value.encode() if isinstance(value, str) else value
+        return struct.pack("<Q", len(data)) + data
+
+    def value(given) -> bytes:
+        if isinstance(given, str | bytes):
+            return struct.pack("<I", 8) + text(given)
+        if isinstance(given, list):
+            return struct.pack("<IIQ", 9, 8, len(given)) + b"".join(map(text, given))
+        if isinstance(given, np.ndarray):
+            kind = numbers[given.dtype.char]
+            return struct.pack("<IIQ", 9, kind, given.size) + given.tobytes()
+        code = {bool: "?", int: "I" if given >= 0 else "q", float: "f"}[type(given)]
+        return struct.pack(f"<I{code}", numbers[code], given)
+
+    def pack(metadata, tensors=(), *, version=3, alignment=32) -> bytes:
+        pairs = metadata.items() if isinstance(metadata, dict) else metadata
+        head, data = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), len(pairs)), b""
+        head += b"".join(text(key) + value(given) for key, given in pairs)
+        for name, shape, number, own in tensors:
+            dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+            head += text(name) + dimensions + struct.pack("<IQ", number, len(data))
+            data += own + bytes(-len(own) % alignment)
+        return head + bytes(-len(head) % alignment) + data
+
+    return pack

@@ -10,6 +10,7 @@ from gradot_jax import __version__
 from gradot_jax.cli.common import Debuggable
 from gradot_jax.cli.compare import Compare
 from gradot_jax.cli.compress import Compress
+from gradot_jax.cli.convert import Convert
 from gradot_jax.cli.demo import Demo
 from gradot_jax.cli.evaluate import Evaluate
 from gradot_jax.cli.export import Export
@@ -25,7 +26,9 @@ DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 _LONGEST_REASON = 200
 """Characters of what XLA says about lack of memory, which may be pages of buffers."""
 
-Command = Demo | Compare | Compress | Finetune | PlugIn | Evaluate | Generate | Export | Inspect
+Command = (
+    Demo | Convert | Compare | Compress | Finetune | PlugIn | Evaluate | Generate | Export | Inspect
+)
 """Each is called by the name of its class, in small letters with hyphens."""
 
 DESCRIPTION = """Offsite-tuning of language models without training the emulator (GradOT).
@@ -33,9 +36,9 @@ DESCRIPTION = """Offsite-tuning of language models without training the emulator
 The owner of a model compresses its middle and ships a bundle (compress); the owner of data tunes
 the adapter in it and returns that (finetune); the model's owner puts it around the original
 middle (plug-in). Everything in between can be measured (evaluate), asked (generate), looked at
-(inspect) and turned into a plain checkpoint (export). `gradot demo` shows all of it on a small
-bundled model, and `gradot compare` measures every method, on that model or on any other. `gradot
---version` says which version this is.
+(inspect) and turned into a plain checkpoint (export), as can a GGUF file (convert). `gradot demo`
+shows all of it on a small bundled model, and `gradot compare` measures every method, on that model
+or on any other. `gradot --version` says which version this is.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 refused input (of a comparison: some of it), 130
 interrupted, 143 told to end (fine-tuning saves its state, compression what it has in

@@ -81,7 +81,7 @@ def map_safetensors(path: Path) -> list[StoredTensor]:
         InputError: when the file is absent or damaged.
     """
     layout = read_layout(path)
-    memory = _map(path)
+    memory = map_file(path)
     return [
         _stored(path, memory, name, spec, [(offset, math.prod(spec.shape))])
         for name, (spec, offset) in layout.items()
@@ -95,14 +95,20 @@ def map_flax(path: Path) -> list[StoredTensor]:
         InputError: when the file is absent or damaged, or holds anything else.
     """
     try:
-        memory = _map(path)
+        memory = map_file(path)
         found = find_arrays(memory)
     except ValueError as error:
         raise InputError(f"{path}: damaged or truncated Flax msgpack file: {error}") from None
     return [_stored(path, memory, *array) for array in found]
 
 
-def _map(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file, mapped; it must have some.
+
+    Raises:
+        InputError: when the file cannot be read.
+        ValueError: when it is empty.
+    """
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -221,16 +221,30 @@ def _write_shards(
         total += sum(array.nbytes for array in shard.values())
         # Lets go of this shard before the next one is gathered.
         shard.clear()
+    name_shards(folder, parts, total)
+
+
+def name_shards(folder: Path, parts: Sequence[Sequence[str]], total_bytes: int) -> list[Path]:
+    """Gives the files `part-0`, `part-1` and so on their names, and several an index.
+
+    Args:
+        folder: where they are.
+        parts: the names of the tensors in each.
+        total_bytes: of all tensors.
+
+    Returns:
+        The files, in the order of the parts.
+    """
     if len(parts) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
+        return [(folder / "part-0").rename(folder / "model.safetensors")]
+    weight_map, files = {}, []
     for number, names in enumerate(parts):
         name = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
-        (folder / f"part-{number}").rename(folder / name)
+        files.append((folder / f"part-{number}").rename(folder / name))
         weight_map |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
+    return files
 
 
 def _shards(

@@ -74,16 +74,16 @@ def checkpoint_folder(path_or_hub_id: str | Path, revision: str | None = None) -
     folder = path
     for form in FORMATS:
         for weights in (form.whole, form.shards):
-            folder = _download(name, revision, weights)
+            patterns = ["config.json", "*.index.json", *TOKENIZER_FILES, weights]
+            folder = _snapshot(name, revision, patterns)
             if _present(folder, form):
                 return folder
     return folder
 
 
-def _download(name: str, revision: str | None, weights: str) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     import huggingface_hub
 
-    patterns = ["config.json", "*.index.json", *TOKENIZER_FILES, weights]
     try:
         snapshot = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=patterns
@@ -95,6 +95,43 @@ def _download(name: str, revision: str | None, weights: str) -> Path:
             f"cache: {' '.join(str(error).split())}"
         ) from error
     return Path(snapshot)
+
+
+def hub_file(hub_id: str, suffix: str, name: str | None, revision: str | None = None) -> Path:
+    """One file of a repository on the Hugging Face Hub, downloaded to its cache or found there.
+
+    Args:
+        hub_id: of the repository.
+        suffix: of the names that are looked for.
+        name: of the file; may be left out where only one has the suffix.
+        revision: branch, tag or commit.
+
+    Raises:
+        InputError: when the repository cannot be had, or the file is none of it.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise InputError(f"{hub_id}: there is no such file or folder")
+    found = [name] if name else _hub_names(hub_id, suffix, revision)
+    if len(found) != 1:
+        raise InputError(
+            f"{hub_id}: expected one file *{suffix}, or the name of one of several; found "
+            f"{', '.join(found) or 'none'}"
+        )
+    folder = _snapshot(hub_id, revision, found)
+    if not (folder / found[0]).is_file():
+        raise InputError(f"{hub_id}: there is no file {found[0]!r} in this repository")
+    return folder / found[0]
+
+
+def _hub_names(hub_id: str, suffix: str, revision: str | None) -> list[str]:
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.list_repo_files(hub_id, revision=revision)
+    except Exception:  # Whatever it is, without a network the cache may serve.
+        folder = _snapshot(hub_id, revision, [f"*{suffix}"])
+        names = [str(path.relative_to(folder)) for path in folder.rglob(f"*{suffix}")]
+    return sorted(name for name in names if name.endswith(suffix))
 
 
 def _present(folder: Path, form: _Format) -> bool:

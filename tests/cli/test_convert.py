@@ -1,0 +1,131 @@
+"""`gradot convert` on a whole file, and the commands on what it writes."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from gradot_jax.cli.main import main
+from gradot_jax.models.checkpoint import load_model
+
+DONE, USAGE, REFUSED = 0, 2, 3
+TOKENS = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "the"]
+METADATA = {
+    "general.architecture": "llama",
+    "general.name": "tiny",
+    "llama.block_count": 2,
+    "llama.context_length": 64,
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 32,
+    "llama.attention.head_count": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": np.array([3] + [1] * (len(TOKENS) - 1), np.int32),
+    "tokenizer.ggml.merges": ["h e", "t he"],
+    "tokenizer.ggml.eos_token_id": 0,
+    "tokenizer.chat_template": "{{ messages[0].content }}",
+}
+SHAPES = {"attn_norm": (32,), "ffn_norm": (32,)}
+SHAPES |= {name: (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+SHAPES |= {name: (32, 32) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+
+
+def stored():
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd.weight": (len(TOKENS), 32), "output_norm.weight": (32,)}
+    shapes |= {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in SHAPES.items()}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            yield name, shape, 0, rng.normal(size=shape).astype(np.float32).tobytes()
+        else:  # Q8_0: a half float and 32 whole numbers
+            scales = np.full((shape[0], 1), 0.01, np.float16).view(np.uint8)
+            quants = rng.integers(0, 256, shape, np.uint8)
+            yield name, shape, 8, np.concatenate([scales, quants], 1).tobytes()
+
+
+@pytest.fixture
+def write(gguf_bytes, tmp_path):
+    def save(name="tiny.gguf", **change):
+        path = tmp_path / name
+        path.write_bytes(gguf_bytes(METADATA | change, list(stored())))
+        return path
+
+    return save
+
+
+def test_a_file_becomes_a_model_that_the_commands_take(write, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert main(["convert", str(write()), "--out", str(out)]) == DONE
+    said = capsys.readouterr().out
+    assert f"{out}: llama, 2 blocks" in said and "from F32, Q8_0 to float32 (exact)" in said
+    assert sorted(path.name for path in out.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    _, params = load_model(out)
+    assert params.shell.embed_tokens.dtype == np.float32
+    assert AutoTokenizer.from_pretrained(out).tokenize("the cat") == ["the", "Ġ", *"cat"]
+    ask = ["generate", "--model", str(out), "--prompt", "the", "--max-tokens", "3"]
+    assert main([*ask, "--mesh", "1", "1"]) == DONE
+    assert main(["inspect", str(out)]) == DONE
+
+
+def test_a_narrower_dtype_is_said(write, tmp_path, capsys):
+    out = tmp_path / "model"
+    command = ["convert", str(write().parent), "--out", str(out), "--dtype", "bfloat16"]
+    assert main(command) == DONE
+    assert "to bfloat16 (rounded)" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_one_of_several_is_chosen_by_its_name(write, tmp_path, capsys):
+    folder, out = write("a.gguf").parent, tmp_path / "model"
+    write("b.gguf", **{"llama.context_length": 32})
+    assert main(["convert", str(folder), "--out", str(out)]) == REFUSED
+    assert "found a.gguf, b.gguf" in capsys.readouterr().err
+    assert main(["convert", str(folder), "--file", "b.gguf", "--out", str(out)]) == DONE
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 32
+
+
+def test_what_is_there_stays_without_overwrite(write, tmp_path, capsys):
+    path, out = write(), tmp_path / "model"
+    out.mkdir()
+    (out / "mine").touch()
+    assert main(["convert", str(path), "--out", str(out)]) == REFUSED
+    assert "--overwrite" in capsys.readouterr().err and (out / "mine").exists()
+    assert main(["convert", str(path), "--out", str(out), "--overwrite"]) == DONE
+    assert not (out / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"general.architecture": "mamba"}, "general.architecture"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre"),
+        ({"llama.expert_count": 2}, "llama.expert_count"),
+        ({"llama.block_count": 3}, "blk.2.attn_q.weight"),
+        ({"general.name": b"\xff\xfe"}, "general.name"),
+    ],
+)
+def test_a_refusal_is_one_paragraph_and_writes_nothing(change, word, write, tmp_path, capsys):
+    path = write(**change)
+    assert main(["convert", str(path), "--out", str(tmp_path / "model")]) == REFUSED
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(path) in said and word in said
+    assert [each.name for each in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_truncated_file_writes_nothing(write, tmp_path, capsys):
+    path = write()
+    path.write_bytes(path.read_bytes()[:-40])
+    assert main(["convert", str(path), "--out", str(tmp_path / "model")]) == REFUSED
+    assert "goes beyond the end of the file" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["tiny.gguf"]
