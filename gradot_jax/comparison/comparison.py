@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def run_comparison(
     """
     units = [unit for unit in plan.units if shard.takes(unit)] if work else []
     run, failures = _Run(bed, plan, out), {}
-    for unit, following in zip(units, [*units[1:], None], strict=True):
+    for unit, following in pairwise([*units, None]):
         label = unit.case.label
         if label not in failures:
             failures |= _attempt(run, unit)
@@ -98,7 +99,7 @@ def run_comparison(
     result = _result(bed, plan, out, failures)
     write_tables(out, result)
     write_plots(out, result)
-    if failures:
+    if failures := result["failures"]:
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
         raise InputError(f"{out}: the rest is written, not run: {reasons}")
     return result
@@ -106,10 +107,10 @@ def run_comparison(
 
 def _attempt(run: "_Run", unit: Unit) -> dict[str, str]:
     """Runs a unit unless it is there or another process has it; why not, by label."""
-    if run.finished(unit):
-        return {}
     group = f"group-{unit.case.method}-{unit.case.budget}-{unit.task}"
     try:
+        if run.finished(unit):
+            return {}
         with run.store.lock(group, wait=False):
             run.row(unit)
     except Timeout:

@@ -87,7 +87,7 @@ def test_every_row_has_every_quantity_and_delta_is_their_difference(toy_bed, tmp
     plan = plan_of(methods, seeds=1, rates=(1.0,))
     result = run_comparison(toy_bed(), plan, tmp_path, drop_bundles=True)
     full, everything, magnitude = result["rows"]
-    values = {name: v["perplexity"] for name, v in magnitude.items() if isinstance(v, dict)}
+    values = {name: v["perplexity"] for name, v in magnitude.items() if isinstance(v, dict) and v}
     assert values["full_finetuned"] == full["full_finetuned"]["perplexity"]
     assert everything["full_finetuned"] != full["full_finetuned"]
     delta = magnitude["delta"]["perplexity"]
