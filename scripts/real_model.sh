@@ -55,12 +55,9 @@ once "$model" gradot convert "$data/model.gguf" --out "$model"
 measure untuned --model "$model"
 for method in gradot layer-drop; do
   run="$out/$method"
-  text=()
-  [ "$method" = layer-drop ] || text=(
-    --calibration "$data/calibration/documents.jsonl" --num-sequences 64 --sequence-length 128
-  )
   once "$run/bundle" gradot compress --model "$model" --method "$method" --budget "$budget" \
-    "${text[@]}" --out "$run" --overwrite
+    --calibration "$data/calibration/documents.jsonl" --num-sequences 64 --sequence-length 128 \
+    --out "$run" --overwrite
   once "$run/tuned/adapter" gradot finetune --bundle "$run/bundle" \
     --train "$data/city/train.jsonl" --validation "$data/city/validation.jsonl" \
     --num-steps "${STEPS:-60}" --warmup-steps 10 --learning-rate 3e-4 --evaluate-every 30 \

@@ -59,6 +59,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from gradot_jax import parallel
 from gradot_jax.memory.process import resident_bytes
@@ -206,3 +207,48 @@ def gguf_bytes():
         return head + bytes(-len(head) % alignment) + data
 
     return pack
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(gguf_bytes):
+    """A GGUF file of a Llama of 32 features in Q8_0, of so many blocks of weights."""
+    words = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "the"]
+    metadata = {
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "llama.block_count": 2,
+        "llama.context_length": 64,
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 32,
+        "llama.attention.head_count": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": np.array([3] + [1] * (len(words) - 1), np.int32),
+        "tokenizer.ggml.merges": ["h e", "t he"],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+    }
+    shapes = {"attn_norm": (32,), "ffn_norm": (32,)}
+    maps = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+    shapes |= dict.fromkeys(maps, (32, 32))
+
+    def stored(blocks: int):
+        rng = np.random.default_rng(0)
+        every = {"token_embd.weight": (len(words), 32), "output_norm.weight": (32,)}
+        every |= {
+            f"blk.{i}.{name}.weight": shape for i in range(blocks) for name, shape in shapes.items()
+        }
+        for name, shape in every.items():
+            if len(shape) == 1:
+                yield name, shape, 0, rng.normal(size=shape).astype(np.float32).tobytes()
+            else:  # Q8_0: a half float and 32 whole numbers
+                scales = np.full((shape[0], 1), 0.01, np.float16).view(np.uint8)
+                quants = rng.integers(0, 256, shape, np.uint8)
+                yield name, shape, 8, np.concatenate([scales, quants], 1).tobytes()
+
+    def build(blocks: int = 2, **change) -> bytes:
+        return gguf_bytes(metadata | change, list(stored(blocks)))
+
+    return build

@@ -4,54 +4,19 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from gradot_jax.cli.main import main
 from gradot_jax.models.checkpoint import load_model
 
 DONE, USAGE, REFUSED = 0, 2, 3
-TOKENS = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "the"]
-METADATA = {
-    "general.architecture": "llama",
-    "general.name": "tiny",
-    "llama.block_count": 2,
-    "llama.context_length": 64,
-    "llama.embedding_length": 32,
-    "llama.feed_forward_length": 32,
-    "llama.attention.head_count": 2,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "smollm",
-    "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.token_type": np.array([3] + [1] * (len(TOKENS) - 1), np.int32),
-    "tokenizer.ggml.merges": ["h e", "t he"],
-    "tokenizer.ggml.eos_token_id": 0,
-    "tokenizer.chat_template": "{{ messages[0].content }}",
-}
-SHAPES = {"attn_norm": (32,), "ffn_norm": (32,)}
-SHAPES |= {name: (32, 32) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
-SHAPES |= {name: (32, 32) for name in ("ffn_gate", "ffn_up", "ffn_down")}
-
-
-def stored():
-    rng = np.random.default_rng(0)
-    shapes = {"token_embd.weight": (len(TOKENS), 32), "output_norm.weight": (32,)}
-    shapes |= {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in SHAPES.items()}
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            yield name, shape, 0, rng.normal(size=shape).astype(np.float32).tobytes()
-        else:  # Q8_0: a half float and 32 whole numbers
-            scales = np.full((shape[0], 1), 0.01, np.float16).view(np.uint8)
-            quants = rng.integers(0, 256, shape, np.uint8)
-            yield name, shape, 8, np.concatenate([scales, quants], 1).tobytes()
 
 
 @pytest.fixture
-def write(gguf_bytes, tmp_path):
+def write(tiny_gguf, tmp_path):
     def save(name="tiny.gguf", **change):
         path = tmp_path / name
-        path.write_bytes(gguf_bytes(METADATA | change, list(stored())))
+        path.write_bytes(tiny_gguf(**change))
         return path
 
     return save
