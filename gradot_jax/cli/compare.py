@@ -40,7 +40,7 @@ class Compare(OnDevices):
     Attributes:
         out: folder to make, or to go on with.
         model: a checkpoint folder, or an id on the Hugging Face Hub; the bundled model by default.
-        methods: what to compare. gradot is the paper; gradot-global, gradot-refit,
+        methods: what to compare. gradot is the paper; gradot-global, gradot-lambda, gradot-refit,
             gradot-quadratic and gradot+ vary it; crash-own and scaleot-own train the blocks that
             these methods choose; full-finetune and full-finetune-all tune the full model; empty
             has no middle.
@@ -49,8 +49,11 @@ class Compare(OnDevices):
             (scripts/real_data.sh makes their data), or the question sets of the papers.
         seeds: fine-tuning runs of each method, budget and task.
         draws: draws of calibration text, each with all seeds.
-        plan: a JSON file that says what to run in which order, instead of the last five.
+        plan: a JSON file that says what to run in which order, instead of methods, budgets, tasks,
+            seeds, draws and learning_rates; see benchmarks/plans.
         shard: I/N runs the I-th of N parts, for one of N processes on one folder.
+        probes: also measure what a few steps through each emulator, on public text, do to the
+            plugged-in model: a cheap guess of what its plug-in will be worth.
         report_only: run nothing; make the report of the cells that are there.
         learning_rates: factors on the task's learning rate to begin a search with, which goes on
             until it has the best between two others; a single one is taken as it is.
@@ -85,6 +88,7 @@ class Compare(OnDevices):
     draws: int = 1
     plan: Path | None = None
     shard: str = "1/1"
+    probes: bool = False
     report_only: bool = False
     learning_rates: str = "1,2"
     learning_rate: float | None = None
@@ -131,6 +135,7 @@ class Compare(OnDevices):
             self.out,
             drop_bundles=self.drop_bundles,
             shard=Shard(*shard),
+            probes=self.probes,
             work=not self.report_only,
         )
         print((self.out / "table.md").read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from gradot_jax.comparison.cells import CellStore, NotThere
 from gradot_jax.comparison.compressing import CompressionCell
 from gradot_jax.comparison.jobs import Job, choose_rate, finetuned, zero_shot
 from gradot_jax.comparison.plan import FULL, REFERENCES, Case, Plan, Unit
+from gradot_jax.comparison.probe import LEARNING_RATE, STEPS, probe
 from gradot_jax.comparison.report import write_plots, write_tables
 from gradot_jax.comparison.testbed import Task, Testbed
 from gradot_jax.comparison.tuning import Tuned, all_blocks
@@ -67,6 +68,7 @@ def run_comparison(
     *,
     drop_bundles: bool = False,
     shard: Shard = WHOLE,
+    probes: bool = False,
     work: bool = True,
 ) -> dict[str, Any]:
     """Runs what is missing in a folder, and writes its tables and plots.
@@ -80,6 +82,7 @@ def run_comparison(
         out: folder of the cells and of the report.
         drop_bundles: remove each emulator once no unit of this process needs it.
         shard: the part of the plan to run.
+        probes: also look ahead with every emulator, see `comparison.probe`.
         work: whether anything is run; else the report is made of what is there.
 
     Returns:
@@ -95,6 +98,8 @@ def run_comparison(
         if label not in failures:
             failures |= _attempt(run, unit)
         if following is None or following.case != unit.case:
+            if probes and label not in failures and unit.case.method not in REFERENCES:
+                run.probe(unit.case)
             run.leave(unit.case, drop_bundle=drop_bundles)
     result = _result(bed, plan, out, failures)
     write_tables(out, result)
@@ -199,6 +204,20 @@ class _Run:
             )
         return self._compressions[case]
 
+    def probe(self, case: Case) -> dict[str, Any]:
+        """What a few steps through an emulator on public text do; see `comparison.probe`."""
+        cell = self.compression(case)
+        settings = {
+            "cell": "probe",
+            "emulator": cell.settings,
+            "steps": STEPS,
+            "rate": LEARNING_RATE,
+        }
+        found = self.store.get(
+            "probe", case._asdict(), settings, lambda: probe(self.bed, cell.emulator())
+        )
+        return found["result"]
+
     def leave(self, case: Case, *, drop_bundle: bool) -> None:
         """Lets go of the emulator of a case."""
         cell = self._compressions.pop(case, None)
@@ -254,8 +273,14 @@ def _result(bed: Testbed, plan: Plan, out: Path, failures: Mapping[str, str]) ->
         row.setdefault("full_finetuned", full.get((row["task"], row["seed"])))
     labels = {case: case.label for case in plan.cases if case.method not in REFERENCES}
     records = _present(lambda case: (case, run.compression(case).record()), labels, failures)
+    probes = dict(_present(lambda case: (case, run.probe(case)), labels, failures))
     compressions = [
-        {**case._asdict(), **cell["result"], "code": cell["environment"]["code"]}
+        {
+            **case._asdict(),
+            **cell["result"],
+            **probes.get(case, {}),
+            "code": cell["environment"]["code"],
+        }
         for case, cell in records
     ]
     return {

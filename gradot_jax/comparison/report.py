@@ -14,6 +14,7 @@ from gradot_jax.comparison.summary import (
     Estimate,
     Interval,
     paired_differences,
+    predictions,
     select,
     summarise,
     summarise_compressions,
@@ -29,6 +30,7 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     derived = {
         "summary": list(map(_spelled, summarise(result))),
         "paired": list(map(_spelled, paired_differences(result))),
+        "predictions": predictions(result),
         "frontiers": list(map(_spelled, frontiers(result))),
         "validity": validity(result),
     }
@@ -61,6 +63,11 @@ def report(result: Mapping[str, Any]) -> str:
         if own := select(areas, task=name):
             parts.append(f"Area that a method dominates:\n\n{frontier_table(own)}")
     parts.append(f"**compression**\n\n{compression_table(result)}")
+    if found := predictions(result):
+        parts.append(
+            "**what is known before fine-tuning** against the plug-in: Spearman's rank correlation "
+            f"over methods and budgets\n\n{prediction_table(found)}"
+        )
     if pairs := paired_differences(result):
         parts.append(
             f"**against {BASELINE}**, at equal budget, seed and draw (95 % interval over "
@@ -125,6 +132,7 @@ def compression_table(result: Mapping[str, Any]) -> str:
         "gradient_relative_error": ("grad. rel. error", lambda e: _estimate(e, 3)),
         "gradient_norm_ratio": ("norm ratio", lambda e: _estimate(e, 2)),
         "loss_gap": ("loss gap, nats", lambda e: _estimate(e, 3)),
+        "plug_in_gain": ("plug-in gain, nats", lambda e: _estimate(e, 3)),
         "seconds": ("seconds, with compilation", lambda e: _estimate(e, 1)),
         "added_host_bytes": ("host memory added, MiB", _mebibytes),
     }
@@ -132,6 +140,22 @@ def compression_table(result: Mapping[str, Any]) -> str:
     cells = [
         [row["method"], _budget(row["budget"]), *(f(row[c]) for c, (_, f) in columns.items())]
         for row in summarise_compressions(result)
+    ]
+    return markdown(titles, cells)
+
+
+def prediction_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Rank correlations of `predictions`."""
+    titles = ["task", "quantity", "with the metric", "with nats", "emulators"]
+    cells = [
+        [
+            p["task"],
+            p["quantity"].replace("_", " "),
+            f"{p['rho']:+.2f}",
+            "-" if p["rho_nats"] is None else f"{p['rho_nats']:+.2f}",
+            str(p["emulators"]),
+        ]
+        for p in found
     ]
     return markdown(titles, cells)
 

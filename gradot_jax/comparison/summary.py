@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
+from scipy.stats import spearmanr
 
 from gradot_jax.comparison.plan import BASELINE, FLOOR, REFERENCES
 from gradot_jax.methods.table import METHODS
@@ -26,8 +27,19 @@ QUANTITIES = {
 
 COSTS = (
     "share_shipped share_verbatim gradient_cosine gradient_relative_error gradient_norm_ratio "
-    "loss_gap seconds added_host_bytes"
+    "loss_gap seconds added_host_bytes plug_in_gain emulator_gain moved_relative_error"
 ).split()
+PREDICTORS = {
+    "gradient_cosine": 1,
+    "gradient_relative_error": -1,
+    "loss_gap": -1,
+    "plug_in_gain": 1,
+    "emulator_gain": 1,
+    "moved_relative_error": -1,
+}
+"""What is known before fine-tuning, with the sign of what is hoped to be better."""
+LEAST_RANKED = 5
+"""Emulators below which ranks say nothing."""
 PAIRED = ("plug_in", "emulator_finetuned", "delta")
 LIKELIHOOD = "answer_log_likelihood"
 """A second measure of tasks that are measured by answers: nats of the right one, mean."""
@@ -103,10 +115,50 @@ def summarise_compressions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for method, budget in planned(result):
         found = select(result["compressions"], method=method, budget=budget)
         if found:
-            values = {c: [f[c] for f in found if f[c] is not None] for c in COSTS}
+            values = {c: [f[c] for f in found if f.get(c) is not None] for c in COSTS}
             costs = {c: estimate(v) if v else None for c, v in values.items()}
             summary.append({"method": method, "budget": budget, "draws": len(found)} | costs)
     return summary
+
+
+def predictions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How well what is known before fine-tuning ranks the plug-ins: Spearman's rho by task.
+
+    Over methods and budgets, the empty middle left out.
+
+    Returns:
+        Rows of `task`, `quantity`, `rho` with the metric, `rho_nats` with the log-likelihood of the
+        right answers or None, and `emulators`, their number.
+    """
+    known = {(c["method"], c["budget"]): c for c in summarise_compressions(result)}
+    found = []
+    for row_task in result["tasks"]:
+        rows = [
+            row
+            for row in select(summarise(result), task=row_task)
+            if row["plug_in"] and row["method"] != FLOOR and (row["method"], row["budget"]) in known
+        ]
+        higher = result["tasks"][row_task]["higher_is_better"]
+        for quantity, sign in PREDICTORS.items():
+            pairs = [(known[r["method"], r["budget"]][quantity], r) for r in rows]
+            pairs = [(sign * value.mean, row) for value, row in pairs if value]
+            if len(pairs) < LEAST_RANKED:
+                continue
+            guesses = [value for value, _ in pairs]
+            worth = [row["plug_in"].mean * (1 if higher else -1) for _, row in pairs]
+            nats = [row["plug_in_nats"].mean for _, row in pairs if row["plug_in_nats"]]
+            found.append(
+                {
+                    "task": row_task,
+                    "quantity": quantity,
+                    "rho": float(spearmanr(guesses, worth).statistic),
+                    "rho_nats": float(spearmanr(guesses, nats).statistic)
+                    if len(nats) == len(pairs)
+                    else None,
+                    "emulators": len(pairs),
+                }
+            )
+    return found
 
 
 def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:

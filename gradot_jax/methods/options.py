@@ -125,10 +125,11 @@ class CompressionOptions:
     defaults; a field that the method does not read must be left out.
 
     Attributes:
-        method: `gradot` scores by GCS, as in the paper; `gradot-global`, `gradot-refit`,
-            `gradot-quadratic` and `gradot+` are the same with other defaults; `magnitude` scores by
-            singular values and channel norms; `activation-svd` by singular values in the whitened
-            norm of the inputs and by the energy of channels; `random` keeps at random;
+        method: `gradot` scores by GCS, as in the paper; `gradot-global`, `gradot-lambda`,
+            `gradot-refit`, `gradot-quadratic` and `gradot+` are the same with other defaults;
+            `magnitude` scores by singular values and channel norms; `activation-svd` by singular
+            values in the whitened norm of the inputs and by the energy of channels; `random` keeps
+            at random;
             `layer-drop` keeps evenly spread layers, `offsite-tuning` distils them; `crash` keeps
             one layer of each cluster and shares it; `scaleot` puts harmonizers in place of the
             layers of least importance; `-own` lets these two choose the adapter's blocks; `empty`

@@ -173,10 +173,12 @@ QUADRATIC = {**GRADOT, "attention_score": "quadratic", "channel_score": "token-f
 CRASH = {"adapter": "sandwich", "crash": None}
 SCALEOT = {"adapter": "sandwich", "scaleot": None}
 REFIT, GLOBAL, OWN = {"compensate_mlp": "refit"}, {"allocation": "global"}, {"adapter": "own"}
+LAMBDA = {"lambda_attention": 0.3, "lambda_mlp": 0.3}
 
 _ALL = (
     Method("gradot", _gradot, _width, options=GRADOT, reads="factors"),
     Method("gradot-global", _gradot, _width, options=GRADOT | GLOBAL, reads="factors"),
+    Method("gradot-lambda", _gradot, _width, options=GRADOT | LAMBDA, reads="factors"),
     Method("gradot-refit", _gradot, _width, options=GRADOT | REFIT, reads="factors"),
     Method("gradot-quadratic", _gradot, _width, options=QUADRATIC | GLOBAL, reads="factors"),
     Method("gradot+", _gradot, _width, options=WHITENED | GLOBAL, reads="factors"),

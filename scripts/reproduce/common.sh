@@ -35,14 +35,15 @@ Environment:
     GRADOT_PYTHON  an interpreter that has everything: none is set up, nothing is installed
 
 OUT/questions and OUT/wikitext-2 hold result.json, table.md and plots, and cells/, from which the
-same command goes on where it was stopped; OUT/published.md is the table that is printed.
+same command goes on where it was stopped; OUT/published.md is the table that is printed. A cell is a
+small JSON file, known by all that it depends on: those of several people may be put in one folder.
 
 Methods: $methods
 Budgets: $budgets
 
-Cost: it has not been measured. Per task and method there are three fine-tuning runs and one more
-for each further learning rate to try, of five epochs on the question sets: RACE and HellaSwag are
-by far the longest. Each run is also evaluated in full. $cost
+Cost: it has not been measured. Per task and method there are three fine-tuning runs and two or more
+to have the best learning rate between two others, of five epochs on the question sets: RACE and
+HellaSwag are by far the longest. Each run is also evaluated in full. $cost
 Fewer: --seeds 1, --learning-rates 1, --methods gradot,layer-drop, QUESTIONS=arc-easy.
 
 Not as published: three seeds; distillation and harmonizers train for 300 steps on the calibration

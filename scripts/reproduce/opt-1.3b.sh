@@ -5,7 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 published="OPT-1.3B"
 hub_id="facebook/opt-1.3b"
-methods="full-finetune,full-finetune-all,gradot,gradot+,layer-drop,offsite-tuning,crash,scaleot,empty"
+methods="full-finetune,full-finetune-all,gradot,gradot-lambda,gradot+,layer-drop,offsite-tuning"
+methods+=",crash,crash-own,scaleot,scaleot-own,empty"
 budgets="0.4" # 8 of the 20 blocks between the adapters, as offsite-tuning and CRaSh keep
 cost="Weights are held in float32; full-finetune-all trains all of them, with two moments each."
 

@@ -134,6 +134,16 @@ def test_what_another_process_is_at_is_left_to_it(toy_bed, tmp_path):
     assert "1 of the planned runs are missing" in (tmp_path / "table.md").read_text()
 
 
+def test_probes_measure_what_a_few_steps_do_to_the_plugged_in_model(toy_bed, tmp_path):
+    plan = plan_of(("layer-drop", "empty"), 1, (1.0,))
+    result = run_comparison(toy_bed(), plan, tmp_path, probes=True)
+    assert len(cells_of(tmp_path, "probe")) == 2
+    drop, empty = result["compressions"]
+    assert drop["steps"] == 1 and drop["emulator_gain"] > 0
+    assert drop["plug_in_gain"] != empty["plug_in_gain"]
+    assert run_comparison(toy_bed(), plan, tmp_path)["compressions"] == result["compressions"]
+
+
 def test_the_report_is_made_of_what_is_there(toy_bed, tmp_path):
     first = run_comparison(toy_bed(), plan_of(("layer-drop",), 1, (1.0,)), tmp_path)
     before = stamps(tmp_path)

@@ -7,6 +7,7 @@ from gradot_jax.comparison.summary import (
     estimate,
     paired_differences,
     paired_interval,
+    predictions,
     same_system,
     select,
     summarise,
@@ -186,3 +187,17 @@ def test_interval_reaches_students_quantile_of_the_table(values, quantile):
     reach = interval.high - interval.mean
     assert reach == pytest.approx(quantile * estimate(values).error, rel=1e-5)
     assert interval.mean - interval.low == pytest.approx(reach)
+
+
+def test_what_is_known_before_ranks_plug_ins_by_spearman():
+    worth = [10.0, 20.0, 30.0, 40.0, 50.0]
+    rows = [row(f"m{i}", value) for i, value in enumerate(worth)]
+    gaps = [3.0, 2.0, 2.5, 1.0, 0.5]
+    compressions = [
+        {"method": f"m{i}", "budget": 0.3, "draw": 0, "loss_gap": gap} for i, gap in enumerate(gaps)
+    ]
+    (found,) = predictions(make_result(rows, compressions=compressions))
+    # Ranks 1 3 2 4 5 against 1 2 3 4 5: 1 - 6 * 2 / (5 * 24).
+    assert found["rho"] == pytest.approx(0.9)
+    assert (found["quantity"], found["rho_nats"], found["emulators"]) == ("loss_gap", None, 5)
+    assert not predictions(make_result(rows[:4], compressions=compressions[:4]))

@@ -17,6 +17,7 @@ from gradot_jax.methods.table import METHODS
 
 PRESETS = {
     "gradot-global": ("gradot", {"allocation": "global"}),
+    "gradot-lambda": ("gradot", {"lambda_attention": 0.3, "lambda_mlp": 0.3}),
     "gradot-refit": ("gradot", {"compensate_mlp": "refit"}),
     "gradot-quadratic": (
         "gradot",
