@@ -21,7 +21,7 @@ FOLDERS = {
     "compression": ARRAYS | {"curvature"},
     "models": ARRAYS | {"curvature", "compression", "files"},
     "data": {"nn", "files"},
-    "evaluation": {"models", "data", "nn"},
+    "evaluation": {"models", "data", "nn", "files"},
     "calibration": ARRAYS | {"curvature", "files", "models"},
     "training": {"nn", "files", "models"},
     "offsite": {"nn", "files", "compression", "models", "data"},

@@ -9,7 +9,7 @@ from gradot_jax.cli.common import OnDevices, check_comparison, data_axis
 from gradot_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gradot_jax.comparison.plan import Plan
+    from gradot_jax.comparison.stages import Plan
     from gradot_jax.comparison.testbed import Testbed
     from gradot_jax.parallel import DeviceMesh
 
@@ -120,7 +120,7 @@ class Compare(OnDevices):
         plan, shard = self._plan(), _shard(self.shard)
         self._check_tasks(plan.tasks)
         from gradot_jax.comparison.comparison import Shard, run_comparison
-        from gradot_jax.comparison.plan import shortened
+        from gradot_jax.comparison.stages import shortened
         from gradot_jax.models.split import AdapterSpec
 
         split = AdapterSpec(self.num_bottom, self.num_top)
@@ -142,7 +142,7 @@ class Compare(OnDevices):
         print(f"{self.out}: result.json, table.md, plots")
 
     def _plan(self) -> "Plan":
-        from gradot_jax.comparison.plan import read_plan, single
+        from gradot_jax.comparison.stages import read_plan, single
 
         if self.plan is not None:
             given = [f for f in dataclasses.fields(self) if f.name in _IN_A_PLAN]

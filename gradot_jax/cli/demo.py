@@ -42,7 +42,7 @@ class Demo(Debuggable):
         """Executes the command."""
         check_comparison(self.out)
         check_distinct("tasks", self.tasks)
-        from gradot_jax.comparison.plan import single
+        from gradot_jax.comparison.stages import single
         from gradot_jax.demo.bundled import run_demo
 
         single(self.methods, (self.budget,), self.tasks, seeds=self.seeds, draws=self.draws)

@@ -19,12 +19,17 @@ from filelock import Timeout
 
 from gradot_jax.comparison.cells import CellStore, NotThere
 from gradot_jax.comparison.compressing import CompressionCell
-from gradot_jax.comparison.jobs import Job, choose_rate, finetuned, zero_shot
-from gradot_jax.comparison.plan import FULL, REFERENCES, Case, Plan, Unit
-from gradot_jax.comparison.probe import LEARNING_RATE, STEPS, probe
+from gradot_jax.comparison.jobs import (
+    Job,
+    Tuned,
+    all_blocks,
+    choose_rate,
+    finetuned,
+    zero_shot,
+)
 from gradot_jax.comparison.report import write_plots, write_tables
+from gradot_jax.comparison.stages import FULL, REFERENCES, Case, Plan, Unit
 from gradot_jax.comparison.testbed import Task, Testbed
-from gradot_jax.comparison.tuning import Tuned, all_blocks
 from gradot_jax.errors import InputError, out_of_memory
 from gradot_jax.evaluation.record import environment
 from gradot_jax.files.digest import bytes_digest
@@ -82,7 +87,7 @@ def run_comparison(
         out: folder of the cells and of the report.
         drop_bundles: remove each emulator once no unit of this process needs it.
         shard: the part of the plan to run.
-        probes: also look ahead with every emulator, see `comparison.probe`.
+        probes: also look ahead with every emulator, see `compressing.look_ahead`.
         work: whether anything is run; else the report is made of what is there.
 
     Returns:
@@ -99,7 +104,7 @@ def run_comparison(
             failures |= _attempt(run, unit)
         if following is None or following.case != unit.case:
             if probes and label not in failures and unit.case.method not in REFERENCES:
-                run.probe(unit.case)
+                run.compression(unit.case).probe()
             run.leave(unit.case, drop_bundle=drop_bundles)
     result = _result(bed, plan, out, failures)
     write_tables(out, result)
@@ -204,20 +209,6 @@ class _Run:
             )
         return self._compressions[case]
 
-    def probe(self, case: Case) -> dict[str, Any]:
-        """What a few steps through an emulator on public text do; see `comparison.probe`."""
-        cell = self.compression(case)
-        settings = {
-            "cell": "probe",
-            "emulator": cell.settings,
-            "steps": STEPS,
-            "rate": LEARNING_RATE,
-        }
-        found = self.store.get(
-            "probe", case._asdict(), settings, lambda: probe(self.bed, cell.emulator())
-        )
-        return found["result"]
-
     def leave(self, case: Case, *, drop_bundle: bool) -> None:
         """Lets go of the emulator of a case."""
         cell = self._compressions.pop(case, None)
@@ -273,12 +264,12 @@ def _result(bed: Testbed, plan: Plan, out: Path, failures: Mapping[str, str]) ->
         row.setdefault("full_finetuned", full.get((row["task"], row["seed"])))
     labels = {case: case.label for case in plan.cases if case.method not in REFERENCES}
     records = _present(lambda case: (case, run.compression(case).record()), labels, failures)
-    probes = dict(_present(lambda case: (case, run.probe(case)), labels, failures))
+    probes = dict(_present(lambda case: (case, run.compression(case).probe()), labels, failures))
     compressions = [
         {
             **case._asdict(),
             **cell["result"],
-            **probes.get(case, {}),
+            **probes.get(case, {"result": {}})["result"],
             "code": cell["environment"]["code"],
         }
         for case, cell in records

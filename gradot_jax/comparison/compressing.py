@@ -12,7 +12,7 @@ import numpy as np
 
 from gradot_jax.calibration.fidelity import gradient_fidelity
 from gradot_jax.comparison.cells import CellStore
-from gradot_jax.comparison.plan import Case
+from gradot_jax.comparison.stages import Case
 from gradot_jax.comparison.testbed import Testbed
 from gradot_jax.compression.plan import HarmonizerPlan, LayerPlan
 from gradot_jax.memory.process import (
@@ -26,6 +26,11 @@ from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.models.params import Params, Shared, count_params
 from gradot_jax.models.split import SplitModel
 from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.offsite.plug_in import plug_in
+from gradot_jax.training.adapter import finetune_adapter
+from gradot_jax.training.optimizer import shared_optimizer
+
+PROBE_STEPS, PROBE_RATE = 8, 3e-4
 
 
 class CompressionCell:
@@ -71,6 +76,22 @@ class CompressionCell:
         less where it had memory to spare. Device memory is the peak since the process began.
         """
         return self._store.get("compression", self._case._asdict(), self.settings, self._compress)
+
+    def probe(self) -> dict[str, Any]:
+        """The cell of `look_ahead`."""
+        settings = {
+            "cell": "probe",
+            "emulator": self.settings,
+            "steps": PROBE_STEPS,
+            "rate": PROBE_RATE,
+            "compute_dtype": self._bed.compute_dtype,
+        }
+        return self._store.get(
+            "probe",
+            self._case._asdict(),
+            settings,
+            lambda: look_ahead(self._bed, self.emulator()),
+        )
 
     def emulator(self) -> SplitModel:
         """The emulator as the data owner loads it."""
@@ -129,6 +150,38 @@ class CompressionCell:
         from gradot_jax.offsite.bundle import ship
 
         ship(self.bundle, self._bed.config, compression.plan, compression.emulator, overwrite=True)
+
+
+def look_ahead(bed: Testbed, emulator: SplitModel) -> dict[str, Any]:
+    """What a few steps through an emulator do to the plugged-in model, cheap to know beforehand.
+
+    The model owner has no task of the data owner's, but public text: the adapter is tuned on
+    `PROBE_STEPS` batches of it through the emulator, and plugged in.
+
+    Returns:
+        `plug_in_gain` and `emulator_gain`, nats per token by which losses on held-out text fell,
+        and the relative error of the adapter's gradient after the steps, `moved_relative_error`.
+    """
+    batches = list(bed.calibration(0))
+    steps = min(PROBE_STEPS, len(batches))
+    adapter = finetune_adapter(
+        bed.config,
+        emulator,
+        batches,
+        shared_optimizer(learning_rate=PROBE_RATE, num_steps=steps, betas=(0.9, 0.98)),
+        num_steps=steps,
+        compute_dtype=bed.compute_dtype,
+        mesh=bed.mesh,
+    )
+    moved, plugged = emulator.replace(adapter=adapter), plug_in(bed.params, adapter)
+    before = gradient_fidelity(bed.config, bed.params, emulator, bed.held_out, mesh=bed.mesh)
+    after = gradient_fidelity(bed.config, plugged, moved, bed.held_out, mesh=bed.mesh)
+    return {
+        "steps": steps,
+        "plug_in_gain": before.loss_full - after.loss_full,
+        "emulator_gain": before.loss_emulator - after.loss_emulator,
+        "moved_relative_error": after.adapter.relative_error,
+    }
 
 
 def _kept(layer: LayerPlan | HarmonizerPlan) -> dict[str, Any]:

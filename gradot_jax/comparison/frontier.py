@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradot_jax.comparison.plan import FLOOR, REFERENCES
+from gradot_jax.comparison.stages import FLOOR, REFERENCES
 from gradot_jax.comparison.summary import Interval, observations, paired_interval, planned, select
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradot_jax.comparison.plan import FULL_ALL
+from gradot_jax.comparison.stages import FULL_ALL
 from gradot_jax.comparison.summary import QUANTITIES, estimate, planned, select
 from gradot_jax.data.tasks import PAPER_TASKS, TASKS
 from gradot_jax.errors import InputError

@@ -9,7 +9,7 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 
 from gradot_jax.comparison.frontier import frontiers
-from gradot_jax.comparison.plan import REFERENCES
+from gradot_jax.comparison.stages import REFERENCES
 from gradot_jax.comparison.summary import (
     Estimate,
     planned,

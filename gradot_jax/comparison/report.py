@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gradot_jax.comparison.frontier import frontiers
-from gradot_jax.comparison.plan import BASELINE
 from gradot_jax.comparison.plots import draw_frontier, draw_gradient_error, draw_kept
+from gradot_jax.comparison.stages import BASELINE
 from gradot_jax.comparison.summary import (
     PAIRED,
     QUANTITIES,

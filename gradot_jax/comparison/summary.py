@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from scipy.special import stdtrit
 from scipy.stats import spearmanr
 
-from gradot_jax.comparison.plan import BASELINE, FLOOR, REFERENCES
+from gradot_jax.comparison.stages import BASELINE, FLOOR, REFERENCES
 from gradot_jax.methods.table import METHODS
 
 QUANTITIES = {
@@ -151,10 +151,8 @@ def predictions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 {
                     "task": row_task,
                     "quantity": quantity,
-                    "rho": float(spearmanr(guesses, worth).statistic),
-                    "rho_nats": float(spearmanr(guesses, nats).statistic)
-                    if len(nats) == len(pairs)
-                    else None,
+                    "rho": _spearman(guesses, worth),
+                    "rho_nats": _spearman(guesses, nats) if len(nats) == len(pairs) else None,
                     "emulators": len(pairs),
                 }
             )
@@ -280,6 +278,11 @@ def _partner(
 ) -> Mapping[str, Any] | None:
     found = [r for r in rows if r["seed"] == other["seed"] and r["draw"] in (other["draw"], None)]
     return found[0] if found else None
+
+
+def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    rho, _ = spearmanr(one, other)
+    return float(rho)
 
 
 def _check(got: float, threshold: float) -> dict[str, Any]:

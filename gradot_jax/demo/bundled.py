@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradot_jax.comparison.plan import FLOOR, FULL, single
+from gradot_jax.comparison.stages import FLOOR, FULL, single
 from gradot_jax.comparison.testbed import Measure, Testbed
 from gradot_jax.comparison.testbed import Task as ComparedTask
 from gradot_jax.data.examples import eval_batches, take

@@ -5,7 +5,7 @@ import pytest
 from filelock import FileLock
 
 from gradot_jax.comparison.comparison import Shard, run_comparison
-from gradot_jax.comparison.plan import single
+from gradot_jax.comparison.stages import single
 from gradot_jax.errors import InputError
 
 METHODS = ("full-finetune", "layer-drop", "empty")

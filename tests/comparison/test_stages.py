@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from gradot_jax.comparison.plan import Case, Plan, Stage, Unit, read_plan, shortened, single
+from gradot_jax.comparison.stages import Case, Plan, Stage, Unit, read_plan, shortened, single
 from gradot_jax.errors import InputError
 from gradot_jax.methods.options import DistillationOptions, ScaleOTOptions
 from gradot_jax.methods.table import METHODS

@@ -2,7 +2,7 @@ import dataclasses
 
 import numpy as np
 
-from gradot_jax.comparison.tuning import all_blocks, tune
+from gradot_jax.comparison.jobs import all_blocks, tune
 from gradot_jax.data.recipe import FineTuning
 from gradot_jax.models.split import split_model
 from gradot_jax.training.adapter import train_step
