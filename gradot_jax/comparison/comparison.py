@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,14 +98,13 @@ def run_comparison(
     """
     units = [unit for unit in plan.units if shard.takes(unit)] if work else []
     run, failures = _Run(bed, plan, out), {}
-    for unit, following in pairwise([*units, None]):
-        label = unit.case.label
-        if label not in failures:
-            failures |= _attempt(run, unit)
-        if following is None or following.case != unit.case:
-            if probes and label not in failures and unit.case.method not in REFERENCES:
-                run.compression(unit.case).probe()
-            run.leave(unit.case, drop_bundle=drop_bundles)
+    for case, group in groupby(units, key=lambda unit: unit.case):
+        for unit in group:
+            if case.label not in failures:
+                failures |= _attempt(run, unit)
+        if probes and case.label not in failures and case.method not in REFERENCES:
+            run.compression(case).probe()
+        run.leave(case, drop_bundle=drop_bundles)
     result = _result(bed, plan, out, failures)
     write_tables(out, result)
     write_plots(out, result)

@@ -1,6 +1,7 @@
 """One compression of a comparison: its record, and the emulator that it left on disk."""
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from gradot_jax.models.split import SplitModel
 from gradot_jax.offsite.emulator import Emulator
 from gradot_jax.offsite.plug_in import plug_in
 from gradot_jax.training.adapter import finetune_adapter
+from gradot_jax.training.loop import DivergenceError
 from gradot_jax.training.optimizer import shared_optimizer
 
 PROBE_STEPS, PROBE_RATE = 8, 3e-4
@@ -164,16 +166,20 @@ def look_ahead(bed: Testbed, emulator: SplitModel) -> dict[str, Any]:
     """
     batches = list(bed.calibration(0))
     steps = min(PROBE_STEPS, len(batches))
-    adapter = finetune_adapter(
-        bed.config,
-        emulator,
-        batches,
-        shared_optimizer(learning_rate=PROBE_RATE, num_steps=steps, betas=(0.9, 0.98)),
-        num_steps=steps,
-        compute_dtype=bed.compute_dtype,
-        mesh=bed.mesh,
-    )
-    moved, plugged = emulator.replace(adapter=adapter), plug_in(bed.params, adapter)
+    try:
+        adapter = finetune_adapter(
+            bed.config,
+            emulator,
+            batches,
+            shared_optimizer(learning_rate=PROBE_RATE, num_steps=steps, betas=(0.9, 0.98)),
+            num_steps=steps,
+            compute_dtype=bed.compute_dtype,
+            mesh=bed.mesh,
+        )
+    except DivergenceError:
+        lost = ("plug_in_gain", "emulator_gain", "moved_relative_error")
+        return {"steps": steps, **dict.fromkeys(lost, math.nan)}
+    moved, plugged = dataclasses.replace(emulator, adapter=adapter), plug_in(bed.params, adapter)
     before = gradient_fidelity(bed.config, bed.params, emulator, bed.held_out, mesh=bed.mesh)
     after = gradient_fidelity(bed.config, plugged, moved, bed.held_out, mesh=bed.mesh)
     return {

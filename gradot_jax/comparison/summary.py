@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy.special import stdtrit
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from gradot_jax.comparison.stages import BASELINE, FLOOR, REFERENCES
 from gradot_jax.methods.table import METHODS
@@ -141,7 +142,11 @@ def predictions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         higher = result["tasks"][row_task]["higher_is_better"]
         for quantity, sign in PREDICTORS.items():
             pairs = [(known[r["method"], r["budget"]][quantity], r) for r in rows]
-            pairs = [(sign * value.mean, row) for value, row in pairs if value]
+            pairs = [
+                (sign * value.mean, row)
+                for value, row in pairs
+                if value and math.isfinite(value.mean)
+            ]
             if len(pairs) < LEAST_RANKED:
                 continue
             guesses = [value for value, _ in pairs]
@@ -281,8 +286,7 @@ def _partner(
 
 
 def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    rho, _ = spearmanr(one, other)
-    return float(rho)
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 def _check(got: float, threshold: float) -> dict[str, Any]:
