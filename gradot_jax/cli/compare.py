@@ -54,6 +54,8 @@ class Compare(OnDevices):
         shard: I/N runs the I-th of N parts, for one of N processes on one folder.
         probes: also measure what a few steps through each emulator, on public text, do to the
             plugged-in model: a cheap guess of what its plug-in will be worth.
+        again: run the first cell of each method again that was measured by other code, and put both
+            beside each other.
         report_only: run nothing; make the report of the cells that are there.
         learning_rates: factors on the task's learning rate to begin a search with, which goes on
             until it has the best between two others; a single one is taken as it is.
@@ -89,6 +91,7 @@ class Compare(OnDevices):
     plan: Path | None = None
     shard: str = "1/1"
     probes: bool = False
+    again: bool = False
     report_only: bool = False
     learning_rates: str = "1,2"
     learning_rate: float | None = None
@@ -136,6 +139,7 @@ class Compare(OnDevices):
             drop_bundles=self.drop_bundles,
             shard=Shard(*shard),
             probes=self.probes,
+            again=self.again,
             work=not self.report_only,
         )
         print((self.out / "table.md").read_text(encoding="utf-8"))

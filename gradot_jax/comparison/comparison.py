@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,13 +25,14 @@ from gradot_jax.comparison.jobs import (
     all_blocks,
     choose_rate,
     finetuned,
+    repeated,
     zero_shot,
 )
 from gradot_jax.comparison.report import write_plots, write_tables
 from gradot_jax.comparison.stages import FULL, REFERENCES, Case, Plan, Unit
 from gradot_jax.comparison.testbed import Task, Testbed
 from gradot_jax.errors import InputError, out_of_memory
-from gradot_jax.evaluation.record import environment
+from gradot_jax.evaluation.record import code_digest, environment
 from gradot_jax.files.digest import bytes_digest
 from gradot_jax.memory.process import resident_bytes
 from gradot_jax.models.split import SplitModel, split_model
@@ -74,6 +75,7 @@ def run_comparison(
     drop_bundles: bool = False,
     shard: Shard = WHOLE,
     probes: bool = False,
+    again: bool = False,
     work: bool = True,
 ) -> dict[str, Any]:
     """Runs what is missing in a folder, and writes its tables and plots.
@@ -88,6 +90,7 @@ def run_comparison(
         drop_bundles: remove each emulator once no unit of this process needs it.
         shard: the part of the plan to run.
         probes: also look ahead with every emulator, see `compressing.look_ahead`.
+        again: also run the first unit of each method again whose cell is of other code.
         work: whether anything is run; else the report is made of what is there.
 
     Returns:
@@ -105,6 +108,8 @@ def run_comparison(
         if probes and case.label not in failures and case.method not in REFERENCES:
             run.compression(case).probe()
         run.leave(case, drop_bundle=drop_bundles)
+    for unit in _firsts(units) if again else ():
+        run.again(unit)
     result = _result(bed, plan, out, failures)
     write_tables(out, result)
     write_plots(out, result)
@@ -112,6 +117,11 @@ def run_comparison(
         reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
         raise InputError(f"{out}: the rest is written, not run: {reasons}")
     return result
+
+
+def _firsts(units: Iterable[Unit]) -> list[Unit]:
+    """The first unit of each method."""
+    return list({unit.case.method: unit for unit in reversed(list(units))}.values())
 
 
 def _attempt(run: "_Run", unit: Unit) -> dict[str, str]:
@@ -195,6 +205,22 @@ class _Run:
             },
         }
 
+    def again(self, unit: Unit) -> dict[str, Any] | None:
+        """A unit as it was measured and as the code measures it now; None where that is the same.
+
+        Raises NotThere in a run that computes none.
+        """
+        row = _Run(self.bed, self.plan, self.out, computes=False).row(unit)
+        if row["code"] == code_digest():
+            return None
+        task = self._tasks[unit.task]
+        factor = row["learning_rate"] / task.tuning.learning_rate
+        now = repeated(self._job(unit.case, task), unit.seed, float(f"{factor:.6g}"))["result"]
+        quantity = "full_finetuned" if unit.case.method in REFERENCES else "plug_in"
+        then = {**unit.case._asdict(), "task": unit.task, "seed": unit.seed}
+        values = {"then": row[quantity][task.metric], "now": now[quantity][task.metric]}
+        return {**then, "quantity": quantity, **values}
+
     def compression(self, case: Case) -> CompressionCell:
         """The compression of a case that is no reference."""
         if case not in self._compressions:
@@ -273,6 +299,7 @@ def _result(bed: Testbed, plan: Plan, out: Path, failures: Mapping[str, str]) ->
         }
         for case, cell in records
     ]
+    again = _present(run.again, {unit: unit.case.label for unit in _firsts(plan.units)}, failures)
     return {
         "model": {
             "name": bed.name,
@@ -298,6 +325,7 @@ def _result(bed: Testbed, plan: Plan, out: Path, failures: Mapping[str, str]) ->
         "tasks": {task.name: _described(task) for task in bed.tasks},
         "compressions": compressions,
         "rows": rows,
+        "again": [found for found in again if found],
         "codes": dict(Counter(row["code"] for row in rows)),
         "failures": failures,
         "environment": environment(),

@@ -17,6 +17,7 @@ from gradot_jax.comparison.cells import CellStore
 from gradot_jax.comparison.stages import REFERENCES, Case
 from gradot_jax.comparison.testbed import Task, Testbed
 from gradot_jax.data.examples import epoch_batches, eval_batches
+from gradot_jax.evaluation.record import code_digest
 from gradot_jax.models.params import Params, concatenate_blocks, slice_blocks
 from gradot_jax.models.split import Adapter, SplitModel
 from gradot_jax.offsite.plug_in import plug_in
@@ -206,6 +207,16 @@ def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) ->
         {**job.where, "seed": seed, "rate": rate},
         {"cell": "run", **job.settings, "seed": seed, "factor": factor},
         lambda: _measure_tuned(job, seed, factor, tuned),
+    )
+
+
+def repeated(job: Job, seed: int, factor: float) -> dict[str, Any]:
+    """The cell of a fine-tuning that is run again by the code as it is, as `finetuned` has it."""
+    return job.store.get(
+        "again",
+        {**job.where, "seed": seed},
+        {"cell": "again", **job.settings, "seed": seed, "factor": factor, "code": code_digest()},
+        lambda: _measure_tuned(job, seed, factor, None),
     )
 
 

@@ -81,7 +81,27 @@ def report(result: Mapping[str, Any]) -> str:
     if len(result["codes"]) > 1:
         runs = ", ".join(f"{count} by {code}" for code, count in result["codes"].items())
         parts.append(f"The runs are of {len(result['codes'])} versions of the code: {runs}.")
+    if result["again"]:
+        parts.append(f"Run again by the code as it is:\n\n{again_table(result['again'])}")
     return "\n\n".join(parts) + "\n"
+
+
+def again_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Units that were measured by other code, as they were and as they are now."""
+    titles = ["method", "budget", "task", "seed", "quantity", "then", "now"]
+    cells = [
+        [
+            row["method"],
+            _budget(row["budget"]),
+            row["task"],
+            str(row["seed"]),
+            row["quantity"].replace("_", " "),
+            f"{row['then']:.2f}",
+            f"{row['now']:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(titles, cells)
 
 
 def _rates_line(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -164,3 +164,17 @@ def test_cells_of_other_code_are_taken_and_said_to_be(toy_bed, tmp_path):
     result = run_comparison(toy_bed(), plan, tmp_path)
     assert set(result["codes"].values()) == {1} and "0123456789abcdef" in result["codes"]
     assert "versions of the code" in (tmp_path / "table.md").read_text()
+
+
+def test_what_other_code_measured_is_measured_again_beside_it(toy_bed, tmp_path):
+    plan = plan_of(("full-finetune", "layer-drop"), 1, (1.0,))
+    run_comparison(toy_bed(), plan, tmp_path)
+    (cell,) = (tmp_path / "cells").glob("run-layer-drop-*.json")
+    values = json.loads(cell.read_text())
+    values["environment"]["code"] = "0123456789abcdef"
+    values["result"]["plug_in"]["perplexity"] += 1
+    cell.write_text(json.dumps(values))
+    (found,) = run_comparison(toy_bed(), plan, tmp_path, again=True)["again"]
+    assert (found["method"], found["quantity"]) == ("layer-drop", "plug_in")
+    assert found["then"] - found["now"] == pytest.approx(1, abs=1e-4)
+    assert "Run again by the code as it is" in (tmp_path / "table.md").read_text()

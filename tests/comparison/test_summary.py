@@ -28,6 +28,7 @@ def make_result(rows, *, higher=True, cases=(), compressions=(), gain=5, loss=5)
         "systems": {r["method"]: r["method"] for r in rows_planned},
         "codes": {"c0de": len(rows)},
         "missing": len(cases),
+        "again": [],
         "rows": rows,
         "compressions": list(compressions),
         "settings": {"draws": sorted({row["draw"] or 0 for row in rows})},
