@@ -60,13 +60,41 @@ def test_question_sets_on_a_checkpoint_go_through_and_go_on(make_llama, data, te
     assert "| magnitude" in (out / "table.md").read_text()
 
 
+def test_a_plan_says_what_is_run_and_a_report_runs_nothing(
+    make_llama, data, text, tmp_path, capsys
+):
+    checkpoint, out = make_llama(tmp_path / "model", bos=False), tmp_path / "out"
+    stages = [
+        {"methods": ["dense"], "budgets": [0.5], "tasks": ["webqs"]},
+        {"methods": ["layer-drop"], "budgets": [0.5], "tasks": ["webqs"], "seeds": 2},
+    ]
+    variants = {"dense": {"method": "magnitude", "budget": 1.0, "attention_budget": "$budget"}}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"stages": stages, "variants": variants, "rates": [1.0]}))
+    sizes = ["--steps", "2", "--batch-size", "2", "--num-sequences", "8"]
+    where = ["--model", str(checkpoint), "--num-bottom", "1", "--num-top", "0", "--data", str(data)]
+    command = ["compare", *where, *sizes, "--calibration", str(text), "--plan", str(plan)]
+    assert main([*command, "--out", str(out), "--report-only"]) == DONE
+    assert "3 of the planned runs are missing" in (out / "table.md").read_text()
+    assert main([*command, "--out", str(out)]) == DONE
+    result = json.loads((out / "result.json").read_text())
+    assert [row["method"] for row in result["rows"]] == ["dense", "layer-drop", "layer-drop"]
+    assert result["systems"]["dense"] == "magnitude" and result["missing"] == 0
+    assert "| dense" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "sparse"], "unknown: sparse"),
         (["--budgets", "much"], "expected numbers"),
         (["--budgets", "0"], "budgets must lie in"),
-        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--seeds", "0"], "seeds must be a whole number, at least 1"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--learning-rates", "1,1"], "rates: expected some, each once"),
+        (["--shard", "3/2"], "expected I/N with I from 1 to N, got '3/2'"),
+        (["--plan", "plan.json", "--budgets", "0.5"], "budgets: said by the plan plan.json"),
+        (["--plan", "absent.json"], "absent.json: cannot be read"),
         (["--tasks", "piqa"], "need --model"),
         (["--calibration", "text.txt"], "only with --model"),
         (["--model", "opt"], "needs --tasks and --calibration"),

@@ -6,7 +6,7 @@ import pytest
 
 from gradot_jax.data.examples import prompt_examples, text_examples
 from gradot_jax.data.records import Item, Prompt
-from gradot_jax.data.tasks import TASKS, load_task, task_examples
+from gradot_jax.data.tasks import PAPER_TASKS, TASKS, load_task, task_examples
 from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 
@@ -305,7 +305,7 @@ def test_questions_with_nothing_to_learn_are_left_out_and_counted(folder):
         load_task("hellaswag", preset="paper", data=folder(train=rows[:1], validation=rows))
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", PAPER_TASKS)
 def test_missing_columns_are_named(name, folder):
     column = TASKS[name].columns[-1]
     row = {key: value for key, value in ROWS[name].items() if key != column} | {"other": 1}
@@ -334,6 +334,50 @@ def test_malformed_rows_are_refused_with_their_place(name, change, message, fold
     data = folder(train=rows, validation=rows, test=rows)
     with pytest.raises(InputError, match=rf"{name} train\S* row 1: {message}"):
         load_task(name, preset="paper", data=data)
+
+
+MADE = {
+    "prompt": "Question: Which country is the city of Oslo in?\nAnswer:",
+    "completion": " Norway\n",
+    "choices": ["Chad\n", "Norway\n", "Peru\n"],
+    "answer": 1,
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {*PAPER_TASKS, "gcide"}))
+def test_tasks_that_are_made_here_learn_the_right_answer_as_it_ends(name, folder):
+    task = load_task(
+        name, preset="corrected", data=folder(train=[MADE], validation=[MADE], test=[MADE])
+    )
+    assert task.train.records == (Prompt(MADE["prompt"], MADE["completion"]),)
+    assert not task.append_eos
+    (item,) = task.report.records
+    right = [item.continuations[index] for index in item.accepted]
+    assert right == [MADE["completion"]]
+    # What is not accepted plays no part in an exact match.
+    assert len(item.continuations) == (1 if task.metric == "exact_match" else 3)
+
+
+def test_text_that_is_made_here_is_read_as_it_is(folder):
+    rows = [{"text": "a\n\nb"}, {"text": "c"}]
+    task = load_task(
+        "gcide", preset="corrected", data=folder(train=rows, validation=rows, test=rows)
+    )
+    assert task.report.records == ("a\n\nb", "c")
+    assert (task.metric, task.length) == ("perplexity", 128)
+
+
+def test_tasks_that_are_made_here_are_neither_of_the_papers_nor_on_the_hub(folder):
+    data = folder(train=[MADE], validation=[MADE], test=[MADE])
+    with pytest.raises(InputError, match="city: no task of the papers"):
+        load_task("city", preset="paper", data=data)
+    with pytest.raises(InputError, match=r"city: .*scripts/real_data.sh makes its data"):
+        load_task("city", preset="corrected")
+    wrong = [MADE | {"answer": 3}]
+    with pytest.raises(InputError, match="column answer must be a number from 0 to 2, got 3"):
+        load_task(
+            "city", preset="corrected", data=folder(train=wrong, validation=wrong, test=wrong)
+        )
 
 
 def test_what_cannot_be_loaded_is_refused(folder, tmp_path):
