@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real language model through the whole method: SmolLM2-135M, from a package, on two CPU cores.
+# A real language model through the whole method: SmolLM2-135M, from a package.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -35,6 +35,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 data="${DATA:-$out/data}"
 model="${MODEL:-$out/model}"
 budget=0.6
+methods=(gradot layer-drop)
 began=$SECONDS
 
 gradot() {
@@ -50,10 +51,12 @@ measure() { # measure NAME MODEL_OPTIONS...
   once "$out/$1.json" gradot evaluate "${@:2}" --data "$data/city/test.jsonl" --out "$out/$1.json"
 }
 
-[ -n "${DATA:-}" ] || bash scripts/real_data.sh --out "$data" city calibration model
+for part in city calibration model.gguf; do
+  [ -n "${DATA:-}" ] || once "$data/$part" bash scripts/real_data.sh --out "$data" "${part%.gguf}"
+done
 once "$model" gradot convert "$data/model.gguf" --out "$model"
 measure untuned --model "$model"
-for method in gradot layer-drop; do
+for method in "${methods[@]}"; do
   run="$out/$method"
   once "$run/bundle" gradot compress --model "$model" --method "$method" --budget "$budget" \
     --calibration "$data/calibration/documents.jsonl" --num-sequences 64 --sequence-length 128 \
@@ -67,5 +70,5 @@ for method in gradot layer-drop; do
   measure "$method-emulator" --bundle "$run/bundle" --adapter "$run/tuned/adapter"
   measure "$method-plug-in" --model "$run/plugged"
 done
-"$GRADOT_PYTHON" scripts/real_model_table.py "$out"
+"$GRADOT_PYTHON" scripts/real_model_table.py "$out" "$budget" "${methods[@]}"
 echo "$((SECONDS - began)) seconds; $out: table.md, result.png, and the folders of both parties"

@@ -1,4 +1,7 @@
-"""Table and plot of `scripts/real_model.sh`, from what `gradot evaluate` wrote: OUT as argument."""
+"""Table and plot of `scripts/real_model.sh`, from what `gradot evaluate` wrote.
+
+python scripts/real_model_table.py OUT BUDGET METHOD...
+"""
 
 import json
 import math
@@ -7,19 +10,18 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-METHODS = ("gradot", "layer-drop")
-
 
 def measured(path: Path) -> tuple[float, float, float]:
     """Exact match and its 95 % half-width in percent, and nats of the right answer."""
     metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
     share, count = metrics["exact_match"], metrics["num_examples"]
-    # Wilson's centre would move the figure; the width is enough for a bar.
-    reach = 1.96 * math.sqrt(share * (1 - share) / count + 0.25 / count**2)
+    # Half the width of Wilson's interval, which is not nothing where nothing matches.
+    z = 1.96
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return 100 * share, 100 * reach, metrics["log_likelihood"]
 
 
-def main(out: Path) -> None:
+def main(out: Path, budget: str, methods: list[str]) -> None:
     """Writes `table.md` and `result.png`, and prints the table."""
     untuned, _, likelihood = measured(out / "untuned.json")
     lines = [
@@ -28,7 +30,7 @@ def main(out: Path) -> None:
     ]
     figure = Figure(figsize=(5, 4), layout="tight")
     axis = figure.subplots()
-    for place, method in enumerate(METHODS):
+    for place, method in enumerate(methods):
         tuned, plugged = (
             measured(out / f"{method}-{part}.json") for part in ("emulator", "plug-in")
         )
@@ -44,10 +46,11 @@ def main(out: Path) -> None:
             axis.bar(place + shift, value, 0.38, yerr=reach, color=colour, label=shown, capsize=3)
     lines += [
         "",
-        "Exact match in percent with the 95 % interval of the test items, one run, budget 0.6; the "
+        "Exact match in percent with the 95 % interval of the test items, one run, budget "
+        f"{budget}; the "
         f"untuned model: {untuned:.1f}, {likelihood:.2f} nats.",
     ]
-    axis.set_xticks(range(len(METHODS)), METHODS)
+    axis.set_xticks(range(len(methods)), methods)
     axis.set_ylabel("city: exact match, %")
     axis.legend()
     figure.savefig(out / "result.png", dpi=120)
@@ -57,4 +60,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

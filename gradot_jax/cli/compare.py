@@ -45,8 +45,8 @@ class Compare(OnDevices):
             these methods choose; full-finetune and full-finetune-all tune the full model; empty
             has no middle.
         budgets: shares of the middle's parameters to keep.
-        tasks: top, api, syn with the bundled model; else city, gcide, wnkind, social-iqa
-            (scripts/real_data.sh makes their data), or the question sets of the papers.
+        tasks: top, api, syn with the bundled model; else city, gcide, wnkind, social-iqa,
+            colored-objects (scripts/real_data.sh makes their data), or those of the papers.
         seeds: fine-tuning runs of each method, budget and task.
         draws: draws of calibration text, each with all seeds.
         plan: a JSON file that says what to run in which order, instead of methods, budgets, tasks,
@@ -54,11 +54,11 @@ class Compare(OnDevices):
         shard: I/N runs the I-th of N parts, for one of N processes on one folder.
         probes: also measure what a few steps through each emulator, on public text, do to the
             plugged-in model: a cheap guess of what its plug-in will be worth.
-        again: run the first cell of each method again that was measured by other code, and put both
-            beside each other.
+        again: tune and measure the first run of each method again where other code did, through the
+            emulator that is there, and put both beside each other.
         report_only: run nothing; make the report of the cells that are there.
-        learning_rates: factors on the task's learning rate to begin a search with, which goes on
-            until it has the best between two others; a single one is taken as it is.
+        learning_rates: factors on the task's learning rate to begin a search with, which goes on,
+            12 trials at most, until it has the best between two others; a single one is taken.
         learning_rate: of every task, instead of its own.
         steps: of every fine-tuning, instead of the task's own.
         epochs: passes over a task's training part, where no steps are given.

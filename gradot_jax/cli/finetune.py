@@ -25,7 +25,7 @@ class Finetune(OnHosts):
     Writes OUT/adapter, to return to the model's owner, OUT/metrics.jsonl, and OUT/checkpoints,
     from which --resume goes on. With validation data the adapter of least validation loss is
     returned, never one worse than the adapter that was shipped. `--learning-rate auto` writes what
-    every rate came to into OUT/rates.json, and its history and checkpoints into OUT/rates.
+    every rate came to into OUT/rates.json, and each rate's history and checkpoints into OUT/rates.
 
     Example: gradot finetune --bundle opt-1.3b-offsite/bundle --train train.jsonl
     --validation dev.jsonl --num-steps 500 --learning-rate 5e-5 --out tuned
@@ -39,8 +39,8 @@ class Finetune(OnHosts):
         num_steps: batches to train on.
         batch_size: examples a batch.
         accumulate: batches whose gradients make one update.
-        learning_rate: the peak of the schedule; `auto` tries rates from 1e-4 on until the one of
-            least validation loss has a lower and a higher one beside it that are no better.
+        learning_rate: the peak of the schedule; `auto` tries rates from 1e-4 on, 12 at most, until
+            the one of least validation loss has a lower and a higher one that are no better.
         schedule: how it falls after the warm-up.
         warmup_steps: updates over which it rises; a thirtieth of them by default.
         weight_decay: of matrices.
@@ -173,25 +173,21 @@ class Finetune(OnHosts):
         from gradot_jax.training.loop import DivergenceError
         from gradot_jax.training.rate import search_rate
 
-        best: dict[float, Trained] = {}
-
-        def loss_of(rate: float) -> float:
+        def run(rate: float) -> "tuple[float, Trained | None]":
             say(f"learning rate {rate:g}", to=sys.stderr)
             try:
                 trained = train(rate, self.out / "rates" / f"{rate:g}")
             except DivergenceError as error:
                 say(f"learning rate {rate:g}: {error}", to=sys.stderr)
-                return math.inf
+                return math.inf, None
+            # One adapter at most waits on the host, and no state of an optimiser.
             loss = math.inf if trained.loss is None else trained.loss
-            if all(loss < (other.loss or 0) for other in best.values()):
-                best.clear()
-                best[rate] = trained._replace(kept=to_host(trained.kept), state=None)
-            return loss
+            return loss, trained._replace(kept=to_host(trained.kept), state=None)
 
-        found = search_rate(loss_of, _FIRST_RATES)
-        if found.rate not in best:
-            raise DivergenceError(f"no learning rate of {sorted(found.losses)} trains")
+        found = search_rate(run, _FIRST_RATES)
         tried = {f"{rate:g}": loss for rate, loss in sorted(found.losses.items())}
+        if found.best is None:
+            raise DivergenceError(f"no learning rate trains; tried {', '.join(tried)}")
         with one_writer(self.out) as writes:
             if writes:
                 chosen = {"learning_rate": found.rate, "bracketed": found.bracketed}
@@ -201,4 +197,4 @@ class Finetune(OnHosts):
         end = "between two that are no better" if found.bracketed else "at the edge of those tried"
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items())
         say(f"learning rate {found.rate:g}, {end}; validation loss by rate: {losses}")
-        return best[found.rate]
+        return found.best

@@ -25,15 +25,18 @@ class NotThere(Exception):
 
 
 class CellStore:
-    """The cells of one folder, which several processes may fill.
+    """The cells of one folder, which several processes may fill; its locks lie beside it.
 
     Args:
         folder: made if need be.
         computes: whether what is missing is computed; else it is `NotThere`.
+
+    Attributes:
+        computed: how many cells this store has computed.
     """
 
     def __init__(self, folder: Path, *, computes: bool = True):
-        self.folder, self.computes = folder, computes
+        self.folder, self.computes, self.computed = folder, computes, 0
         if computes:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -86,6 +89,7 @@ class CellStore:
 
     def _write(self, path, kind, where, settings, compute) -> None:
         began = time.perf_counter()
+        self.computed += 1
         result = compute()
         seconds = round(time.perf_counter() - began, 2)
         made = {"result": result, "seconds": seconds, "environment": environment()}
@@ -94,10 +98,14 @@ class CellStore:
     def _read(self, path: Path, settings: Mapping[str, Any]) -> Any:
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            stored, _ = cell["settings"], (cell["result"], cell["environment"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            lacking = {"settings", "result", "environment"} - cell.keys()
+        except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: not a cell of a comparison ({error}); remove it") from None
-        if stored != json.loads(json.dumps(settings)):
+        if lacking:
+            raise InputError(
+                f"{path}: not a cell of a comparison, lacks {sorted(lacking)}; remove it"
+            )
+        if cell["settings"] != json.loads(json.dumps(settings)):
             raise InputError(
                 f"{path}: holds a cell of other settings than its name says; remove it"
             )

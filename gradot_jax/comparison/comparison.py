@@ -5,12 +5,10 @@ fine-tuning run. Several processes may work on one folder.
 """
 
 import dataclasses
-import functools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,6 @@ from gradot_jax.comparison.cells import CellStore, NotThere
 from gradot_jax.comparison.compressing import CompressionCell
 from gradot_jax.comparison.jobs import (
     Job,
-    Tuned,
     all_blocks,
     choose_rate,
     finetuned,
@@ -35,7 +32,7 @@ from gradot_jax.errors import InputError, out_of_memory
 from gradot_jax.evaluation.record import code_digest, environment
 from gradot_jax.files.digest import bytes_digest
 from gradot_jax.memory.process import resident_bytes
-from gradot_jax.models.split import SplitModel, split_model
+from gradot_jax.models.split import split_model
 from gradot_jax.training.loop import DivergenceError
 from gradot_jax.training.rate import RateSearch
 
@@ -60,8 +57,7 @@ class Shard(NamedTuple):
 
     def takes(self, unit: Unit) -> bool:
         """Whether a unit is of this part; those that share the choice of a rate stay together."""
-        name = f"{unit.case.method} {unit.case.budget} {unit.task}"
-        return int(bytes_digest(name.encode()), 16) % self.count == self.index - 1
+        return int(bytes_digest(unit.group.encode()), 16) % self.count == self.index - 1
 
 
 WHOLE = Shard(1, 1)
@@ -90,7 +86,7 @@ def run_comparison(
         drop_bundles: remove each emulator once no unit of this process needs it.
         shard: the part of the plan to run.
         probes: also look ahead with every emulator, see `compressing.look_ahead`.
-        again: also run the first unit of each method again whose cell is of other code.
+        again: also tune and measure the first unit of each method again, where other code did.
         work: whether anything is run; else the report is made of what is there.
 
     Returns:
@@ -100,16 +96,17 @@ def run_comparison(
         InputError: after all others are finished, when a method could not be run.
     """
     units = [unit for unit in plan.units if shard.takes(unit)] if work else []
-    run, failures = _Run(bed, plan, out), {}
-    for case, group in groupby(units, key=lambda unit: unit.case):
-        for unit in group:
-            if case.label not in failures:
-                failures |= _attempt(run, unit)
-        if probes and case.label not in failures and case.method not in REFERENCES:
-            run.compression(case).probe()
-        run.leave(case, drop_bundle=drop_bundles)
+    last = {unit.case: place for place, unit in enumerate(units)}
+    run = _Run(bed, plan, out)
+    failures: dict[str, str] = {}
+    for place, unit in enumerate(units):
+        _attempt(run, unit, failures, lambda unit=unit: run.row(unit))
+        if place == last[unit.case]:
+            if probes and unit.case.method not in REFERENCES:
+                _attempt(run, unit, failures, lambda unit=unit: run.compression(unit.case).probe())
+            run.leave(unit.case, drop_bundle=drop_bundles)
     for unit in _firsts(units) if again else ():
-        run.again(unit)
+        _attempt(run, unit, failures, lambda unit=unit: run.again(unit))
     result = _result(bed, plan, out, failures)
     write_tables(out, result)
     write_plots(out, result)
@@ -124,26 +121,27 @@ def _firsts(units: Iterable[Unit]) -> list[Unit]:
     return list({unit.case.method: unit for unit in reversed(list(units))}.values())
 
 
-def _attempt(run: "_Run", unit: Unit) -> dict[str, str]:
-    """Runs a unit unless it is there or another process has it; why not, by label."""
-    group = f"group-{unit.case.method}-{unit.case.budget}-{unit.task}"
+def _attempt(run: "_Run", unit: Unit, failures: dict[str, str], work: Callable[[], Any]) -> None:
+    """Does some work on a unit unless another process is at it; why not goes to `failures`."""
+    label = unit.case.label
+    if label in failures:
+        return
+    before = run.store.computed
     try:
-        if run.finished(unit):
-            return {}
-        with run.store.lock(group, wait=False):
-            run.row(unit)
+        with run.store.lock(f"group-{unit.group}", wait=False):
+            work()
     except Timeout:
-        logger.info("%s on %s: another process is at it", unit.case.label, unit.task)
-        return {}
+        logger.info("%s on %s: another process is at it", label, unit.task)
+    except NotThere as error:
+        logger.info("%s on %s: %s is not there yet", label, unit.task, error)
     except (InputError, DivergenceError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and not out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
-        logger.warning("%s: not run: %s", unit.case.label, reason)
-        return {unit.case.label: reason}
-    write_tables(run.out, _result(run.bed, run.plan, run.out, {}))
-    run.trim()
-    return {}
+        failures[label] = str(error).partition("\n")[0]
+        logger.warning("%s: not run: %s", label, failures[label])
+    if run.store.computed > before:
+        write_tables(run.out, _result(run.bed, run.plan, run.out, failures))
+        run.trim()
 
 
 class _Run:
@@ -156,20 +154,12 @@ class _Run:
         self._compressions: dict[Case, CompressionCell] = {}
         self._resident = resident_bytes()
 
-    def finished(self, unit: Unit) -> bool:
-        """Whether every cell of a unit is there."""
-        try:
-            _Run(self.bed, self.plan, self.out, computes=False).row(unit)
-        except NotThere:
-            return False
-        return True
-
     def row(self, unit: Unit) -> dict[str, Any]:
         """The measurements of a unit; raises NotThere in a run that computes none."""
         case, task = unit.case, self._tasks[unit.task]
         job = self._job(case, task)
-        found, tuned = self._rate(unit)
-        cell = finetuned(job, unit.seed, found.rate, tuned)
+        found = self._rate(unit)
+        cell = finetuned(job, unit.seed, found.rate, found.best)
         result = cell["result"]
         row = {
             **case._asdict(),
@@ -208,14 +198,15 @@ class _Run:
     def again(self, unit: Unit) -> dict[str, Any] | None:
         """A unit as it was measured and as the code measures it now; None where that is the same.
 
-        Raises NotThere in a run that computes none.
+        Raises:
+            NotThere: when it has not been measured.
         """
-        row = _Run(self.bed, self.plan, self.out, computes=False).row(unit)
+        there = _Run(self.bed, self.plan, self.out, computes=False)
+        row = there.row(unit)
         if row["code"] == code_digest():
             return None
-        task = self._tasks[unit.task]
-        factor = row["learning_rate"] / task.tuning.learning_rate
-        now = repeated(self._job(unit.case, task), unit.seed, float(f"{factor:.6g}"))["result"]
+        task, factor = self._tasks[unit.task], there._rate(unit).rate
+        now = repeated(self._job(unit.case, task), unit.seed, factor)["result"]
         quantity = "full_finetuned" if unit.case.method in REFERENCES else "plug_in"
         then = {**unit.case._asdict(), "task": unit.task, "seed": unit.seed}
         values = {"then": row[quantity][task.metric], "now": now[quantity][task.metric]}
@@ -228,7 +219,6 @@ class _Run:
                 self.bed,
                 self.store,
                 self.out / "bundles",
-                self.bed.model_digest,
                 case,
                 self.plan.options(case, self.bed.training),
             )
@@ -247,29 +237,22 @@ class _Run:
             jax.clear_caches()
             self._resident = resident_bytes()
 
-    def _rate(self, unit: Unit) -> tuple[RateSearch, Tuned | None]:
-        """What the first seed on the first draw chose."""
-        case = unit.case._replace(draw=unit.case.draw and 0)
-        first = self._job(case, self._tasks[unit.task])
-        found, tuned = choose_rate(first, _FIRST_SEED, self.plan.rates)
+    def _rate(self, unit: Unit) -> RateSearch:
+        """What the first seed on the first draw chose; its run only for that unit itself."""
+        case = unit.case._replace(draw=None if unit.case.draw is None else 0)
+        found = choose_rate(self._job(case, self._tasks[unit.task]), _FIRST_SEED, self.plan.rates)
         same = case == unit.case and unit.seed == _FIRST_SEED
-        return found, tuned if same else None
+        return found if same else found._replace(best=None)
 
     def _job(self, case: Case, task: Task) -> Job:
-        make = partial(Job, self.bed, self.store, self.out / "curves", case, task)
+        bed, make = self.bed, partial(Job, self.bed, self.store, self.out / "curves", case, task)
+        if case.method == FULL:
+            return make({"model": bed.model_digest}, lambda: split_model(bed.params, bed.split))
         if case.method in REFERENCES:
-            return make({"model": self.bed.model_digest}, self._references[case.method])
+            return make({"model": bed.model_digest}, lambda: all_blocks(bed.params))
         cell = self.compression(case)
         cell.record()
         return make(cell.settings, cell.emulator)
-
-    @functools.cached_property
-    def _references(self) -> Mapping[str, Any]:
-        whole = partial(split_model, self.bed.params, self.bed.split)
-        return {name: whole if name == FULL else self._all_blocks for name in REFERENCES}
-
-    def _all_blocks(self) -> SplitModel:
-        return all_blocks(self.bed.params)
 
     def _original(self, task: Task) -> dict[str, float]:
         return zero_shot(self._job(Case(FULL), task))

@@ -42,7 +42,6 @@ class CompressionCell:
         bed: what it runs on.
         store: of its record.
         bundles: folder for its bundle.
-        model: digest of the testbed's weights.
         case: no reference.
         options: of the compression.
     """
@@ -52,7 +51,6 @@ class CompressionCell:
         bed: Testbed,
         store: CellStore,
         bundles: Path,
-        model: str,
         case: Case,
         options: CompressionOptions,
     ):
@@ -60,7 +58,7 @@ class CompressionCell:
         self._emulator: SplitModel | None = None
         self.settings: Mapping[str, Any] = {
             "cell": "compression",
-            "model": model,
+            "model": bed.model_digest,
             "split": dataclasses.asdict(bed.split),
             "options": dataclasses.asdict(self._options),
             "calibration": bed.calibration_digest(case.draw or 0),
@@ -84,6 +82,7 @@ class CompressionCell:
         settings = {
             "cell": "probe",
             "emulator": self.settings,
+            "text": self._bed.calibration_digest(0),
             "steps": PROBE_STEPS,
             "rate": PROBE_RATE,
             "compute_dtype": self._bed.compute_dtype,
@@ -119,7 +118,9 @@ class CompressionCell:
         peak = None if before is None else peak_resident_bytes()
         device_peak = peak_device_bytes()
         self._ship(compression)
-        fidelity = gradient_fidelity(bed.config, bed.params, self.emulator(), bed.held_out)
+        fidelity = gradient_fidelity(
+            bed.config, bed.params, self.emulator(), bed.held_out, mesh=bed.mesh
+        )
         return {
             "share_shipped": share_shipped(bed.params, compression.emulator),
             "share_verbatim": share_verbatim(bed.params, compression.emulator),
@@ -178,12 +179,12 @@ def look_ahead(bed: Testbed, emulator: SplitModel) -> dict[str, Any]:
         )
     except DivergenceError:
         lost = ("plug_in_gain", "emulator_gain", "moved_relative_error")
-        return {"steps": steps, **dict.fromkeys(lost, math.nan)}
+        return {"probe_steps": steps, **dict.fromkeys(lost, math.nan)}
     moved, plugged = dataclasses.replace(emulator, adapter=adapter), plug_in(bed.params, adapter)
     before = gradient_fidelity(bed.config, bed.params, emulator, bed.held_out, mesh=bed.mesh)
     after = gradient_fidelity(bed.config, plugged, moved, bed.held_out, mesh=bed.mesh)
     return {
-        "steps": steps,
+        "probe_steps": steps,
         "plug_in_gain": before.loss_full - after.loss_full,
         "emulator_gain": before.loss_emulator - after.loss_emulator,
         "moved_relative_error": after.adapter.relative_error,

@@ -73,8 +73,7 @@ def tune(
         metrics_path=curve,
     )
     seconds = time.perf_counter() - began
-    loss = math.nan if trained.loss is None else trained.loss
-    return Tuned(trained.kept, loss, trained.step, seconds)
+    return Tuned(trained.kept, float(trained.loss), trained.step, seconds)  # type: ignore[arg-type]
 
 
 def all_blocks(params: Params) -> SplitModel:
@@ -113,7 +112,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For files and logs."""
+        """For logs."""
         return f"{self.case.label}-{self.task.name}"
 
     @property
@@ -162,35 +161,25 @@ def zero_shot(job: Job) -> dict[str, float]:
     return cell["result"]
 
 
-def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> tuple[RateSearch, Tuned | None]:
-    """The factor on the learning rate of least development loss, see `search_rate`.
-
-    Returns:
-        The search, and the run with its best factor where that was just made.
-    """
-    losses: dict[float, float] = {}
-    made: dict[float, Tuned] = {}
+def choose_rate(job: Job, seed: int, rates: Sequence[float]) -> RateSearch:
+    """The factor on the learning rate of least development loss; its run where it was just made."""
+    made: list[Tuned] = []
 
     def trial(factor: float) -> dict[str, Any]:
         try:
             tuned = _tune(job, seed, factor)
         except DivergenceError as error:
             return {"development_loss": math.inf, "diverged": str(error)}
-        if all(tuned.loss < loss for loss in losses.values()):
-            # Only the best so far, since each holds an adapter on the device.
-            made.clear()
-            made[factor] = tuned
+        made.append(tuned)
         return {"development_loss": tuned.loss, "seconds": tuned.seconds}
 
-    def loss_of(factor: float) -> float:
+    def run(factor: float) -> tuple[float, Tuned | None]:
         where = {**job.where, "seed": seed, "factor": factor}
         settings = {"cell": "trial", **job.settings, "seed": seed, "factor": factor}
         cell = job.store.get("trial", where, settings, lambda: trial(factor))
-        losses[factor] = cell["result"]["development_loss"]
-        return losses[factor]
+        return cell["result"]["development_loss"], made.pop() if made else None
 
-    found = search_rate(loss_of, rates)
-    return found, made.get(found.rate)
+    return search_rate(run, rates)
 
 
 def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) -> dict[str, Any]:
@@ -211,7 +200,10 @@ def finetuned(job: Job, seed: int, factor: float, tuned: Tuned | None = None) ->
 
 
 def repeated(job: Job, seed: int, factor: float) -> dict[str, Any]:
-    """The cell of a fine-tuning that is run again by the code as it is, as `finetuned` has it."""
+    """The cell of a fine-tuning that is run again by the code as it is, as `finetuned` has it.
+
+    Through the emulator that is there, by whatever code it was made.
+    """
     return job.store.get(
         "again",
         {**job.where, "seed": seed},

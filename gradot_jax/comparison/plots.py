@@ -33,23 +33,28 @@ def draw_frontier(path: Path, result: Mapping[str, Any]) -> None:
     tasks = [name for name in result["tasks"] if select(summary, task=name)]
     if not tasks:
         return
-    figure = Figure(figsize=(5.2 * len(tasks) + 2.4, 4.8), layout="tight")
+    areas = frontiers(result)
+    figure = Figure(figsize=(7.6 * len(tasks), 4.8), layout="tight")
     axes = figure.subplots(1, len(tasks), squeeze=False)
     for axis, name in zip(axes[0], tasks, strict=True):
-        _draw_task(axis, result, name, select(summary, task=name))
-    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        own = {row["method"]: row["area"].mean for row in select(areas, task=name)}
+        _draw_task(axis, result, name, select(summary, task=name), own)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=120)
 
 
 def _draw_task(
-    axis: Any, result: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]
+    axis: Any,
+    result: Mapping[str, Any],
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    areas: Mapping[str, float],
 ) -> None:
     task, colours = result["tasks"][name], _colours(result)
-    areas = {row["method"]: row["area"] for row in frontiers(result) if row["task"] == name}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted(select(rows, method=method), key=lambda row: -(row["budget"] or 0))
         colour = colours[method]
-        label = f"{method}, {areas[method].mean:.2f}" if method in areas else method
+        label = f"{method}, {areas[method]:.2f}" if method in areas else method
         line = [[row[q].mean for row in own] for q in ("emulator_finetuned", "plug_in")]
         axis.plot(*line, color=colour, linewidth=1, alpha=0.7, label=label)
         for row in own:

@@ -1,4 +1,4 @@
-"""The papers' question sets on any checkpoint, as a comparison takes them."""
+"""The tasks of `gradot_jax.data.tasks` on any checkpoint, as a comparison takes them."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -82,7 +82,9 @@ def report(result: Mapping[str, Any]) -> str:
         runs = ", ".join(f"{count} by {code}" for code, count in result["codes"].items())
         parts.append(f"The runs are of {len(result['codes'])} versions of the code: {runs}.")
     if result["again"]:
-        parts.append(f"Run again by the code as it is:\n\n{again_table(result['again'])}")
+        parts.append(
+            f"Tuned and measured again by the code as it is:\n\n{again_table(result['again'])}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -171,8 +173,7 @@ def prediction_table(found: Sequence[Mapping[str, Any]]) -> str:
         [
             p["task"],
             p["quantity"].replace("_", " "),
-            f"{p['rho']:+.2f}",
-            "-" if p["rho_nats"] is None else f"{p['rho_nats']:+.2f}",
+            *("-" if p[rho] is None else f"{p[rho]:+.2f}" for rho in ("rho", "rho_nats")),
             str(p["emulators"]),
         ]
         for p in found

@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
-        """A name for files and logs."""
+        """A name for logs."""
         budget = "" if self.budget is None else f"-{self.budget:g}"
         return f"{self.method}{budget}" + (f"-draw{self.draw}" if self.draw else "")
 
@@ -67,6 +67,11 @@ class Unit(NamedTuple):
     case: Case
     task: str
     seed: int
+
+    @property
+    def group(self) -> str:
+        """What shares the choice of a rate, and is left to one process."""
+        return f"{self.case.method}-{self.case.budget}-{self.task}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,7 @@ class Plan:
     def cases(self) -> list[Case]:
         """Every case once, the references first: all others are measured against them."""
         found = dict.fromkeys(case for stage in self.stages for case in self._cases(stage))
+        # Each stage has its references first; so has the whole.
         return sorted(found, key=lambda case: case.method not in REFERENCES)
 
     @property
@@ -222,7 +228,7 @@ def read_plan(path: Path) -> Plan:
     values = read_json(path)
     fields = {field.name for field in dataclasses.fields(Plan)}
     if not isinstance(values, dict) or not {"stages"} <= values.keys() <= fields:
-        raise InputError(f"{path}: expected stages, and perhaps {', '.join(sorted(fields))}")
+        raise InputError(f"{path}: expected stages, and perhaps rates and variants")
     try:
         return Plan(
             stages=tuple(_stage(**stage) for stage in values["stages"]),

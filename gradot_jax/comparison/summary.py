@@ -7,6 +7,7 @@ one observation; with one draw each seed is.
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,39 +129,33 @@ def predictions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     Over methods and budgets, the empty middle left out.
 
     Returns:
-        Rows of `task`, `quantity`, `rho` with the metric, `rho_nats` with the log-likelihood of the
-        right answers or None, and `emulators`, their number.
+        Rows of `task`, `quantity`, `rho` with the metric and `rho_nats` with the log-likelihood of
+        the right answers, None where all are level or there are none, and `emulators`, their
+        number.
     """
     known = {(c["method"], c["budget"]): c for c in summarise_compressions(result)}
-    found = []
-    for row_task in result["tasks"]:
+    summary, found = summarise(result), []
+    for name, task in result["tasks"].items():
         rows = [
             row
-            for row in select(summarise(result), task=row_task)
-            if row["plug_in"] and row["method"] != FLOOR and (row["method"], row["budget"]) in known
+            for row in select(summary, task=name)
+            if row["method"] != FLOOR
+            and (row["method"], row["budget"]) in known
+            and row["plug_in"]
+            and math.isfinite(row["plug_in"].mean)
         ]
-        higher = result["tasks"][row_task]["higher_is_better"]
         for quantity, sign in PREDICTORS.items():
-            pairs = [(known[r["method"], r["budget"]][quantity], r) for r in rows]
-            pairs = [
-                (sign * value.mean, row)
-                for value, row in pairs
-                if value and math.isfinite(value.mean)
-            ]
+            guesses = [known[row["method"], row["budget"]][quantity] for row in rows]
+            pairs = [(sign * g.mean, r) for g, r in zip(guesses, rows, strict=True) if g]
+            pairs = [(guess, row) for guess, row in pairs if math.isfinite(guess)]
             if len(pairs) < LEAST_RANKED:
                 continue
-            guesses = [value for value, _ in pairs]
-            worth = [row["plug_in"].mean * (1 if higher else -1) for _, row in pairs]
+            upwards = 1 if task["higher_is_better"] else -1
+            worth = [upwards * row["plug_in"].mean for _, row in pairs]
             nats = [row["plug_in_nats"].mean for _, row in pairs if row["plug_in_nats"]]
-            found.append(
-                {
-                    "task": row_task,
-                    "quantity": quantity,
-                    "rho": _spearman(guesses, worth),
-                    "rho_nats": _spearman(guesses, nats) if len(nats) == len(pairs) else None,
-                    "emulators": len(pairs),
-                }
-            )
+            rho = partial(_spearman, [guess for guess, _ in pairs])
+            ranked = {"rho": rho(worth), "rho_nats": rho(nats) if len(nats) == len(pairs) else None}
+            found.append({"task": name, "quantity": quantity, **ranked, "emulators": len(pairs)})
     return found
 
 
@@ -285,7 +280,10 @@ def _partner(
     return found[0] if found else None
 
 
-def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
+def _spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Rank correlation; None where either is the same throughout."""
+    if len(set(one)) == 1 or len(set(other)) == 1:
+        return None
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 

@@ -334,10 +334,10 @@ def _read(
 ) -> tuple[tuple, str]:
     """Questions or documents of one part, and its label."""
     task, label = TASKS[name], f"{name} {split}"
-    hint = f"a local folder laid out as {task.hub_id} needs no network"
-    if task.hub_id is None:
-        hint = "scripts/real_data.sh makes it"
-    path, config = str(task.hub_id), task.config
+    hint = "scripts/real_data.sh makes it"
+    if task.hub_id is not None:
+        hint = f"a local folder laid out as {task.hub_id} needs no network"
+    path, config = task.hub_id or "", task.config
     if data is not None:
         path, config = _folder(Path(data), task.config, label, hint)
     table = load_table(path, config, split, where=label, hint=hint)

@@ -159,16 +159,18 @@ def target_scores(
         targets: `[B, T]` token ids.
         counted: `[B, T]`, whether a token counts.
     """
+    chex.assert_shape(kernel, (hidden.shape[2], None))
     chex.assert_shape([targets, counted], hidden.shape[:2])
 
     def compute(counted, hidden, targets, _):
         logits = jnp.dot(hidden, kernel)
         likelihood = jnp.where(counted, token_log_likelihood(logits, targets), 0.0)
-        # Not exact where it counts, so that pieces that are skipped, which are zero, are exact.
-        return (), TargetScores(likelihood, counted & (logits.argmax(-1) != targets))
+        # Pieces that are skipped are zero: none of them is a miss.
+        return (), (likelihood, counted & (logits.argmax(-1) != targets))
 
-    _, scores = _by_pieces(compute, counted, kernel.shape[1], (hidden, targets), None)
-    return scores._replace(exact=~scores.exact)
+    _, rows = _by_pieces(compute, counted, kernel.shape[1], (hidden, targets), None)
+    likelihood, missed = rows
+    return TargetScores(likelihood, ~missed)
 
 
 def _by_pieces(
@@ -195,12 +197,15 @@ def _by_pieces(
     # Sequences are cut, not the batch, whose rows may lie on several devices.
     pieces = min(math.ceil(batch * length * vocab_size / most), length)
     size = math.ceil(length / pieces)
+    keys = None if key is None else jax.random.split(key, pieces)
+    if pieces == 1:
+        return compute(weights, *arrays, None if keys is None else keys[0])
     # Stable, so that a text stays as it is.
     order = jnp.argsort(weights == 0, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
 
-    def moved(x: jax.Array, order: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, order.reshape(batch, length, *[1] * (x.ndim - 2)), axis=1)
+    def moved(x: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, places.reshape(batch, length, *[1] * (x.ndim - 2)), axis=1)
 
     def cut(x: jax.Array) -> jax.Array:
         x = moved(x, order)
@@ -216,14 +221,10 @@ def _by_pieces(
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def step(sums, piece):
-        if pieces == 1:
-            part, rows = compute(*piece)
-        else:
-            counted = (piece[0] != 0).any()
-            part, rows = jax.lax.cond(counted, lambda piece: compute(*piece), zeros, piece)
+        counted = (piece[0] != 0).any()
+        part, rows = jax.lax.cond(counted, lambda piece: compute(*piece), zeros, piece)
         return jax.tree.map(jnp.add, sums, part), rows
 
-    keys = None if key is None else jax.random.split(key, pieces)
     parts = (cut(weights), *map(cut, arrays), keys)
     start, _ = zeros(jax.tree.map(lambda leaf: leaf[0], parts))
     sums, rows = jax.lax.scan(step, start, parts)

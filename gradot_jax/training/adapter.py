@@ -116,7 +116,7 @@ def train_step(
 
     Args:
         config: the model's variant.
-        optimizer: compared by identity when jit looks for a compiled step.
+        optimizer: equal ones share a compiled step; but for rated ones each equals itself alone.
         state: see `init_training`.
         frozen: see `init_training`.
         batch: counts at least one target.
@@ -174,7 +174,7 @@ def train_adapter(
 
     Validation is done before the first step, every `evaluate_every` steps and after the last one,
     so the result is never worse on it than the adapter that came in. Runs with equal shapes and
-    the same optimizer object share one compiled step.
+    equal optimizers share one compiled step.
 
     Args:
         config: the model's variant.
@@ -200,7 +200,8 @@ def train_adapter(
         progress: show progress on standard error.
 
     Returns:
-        With the best adapter by validation loss, or the last without validation, in float32.
+        `Trained`, whose `kept` is the best adapter by validation loss, or the last without
+        validation, in float32.
 
     Raises:
         InputError: for batches that run out or count no target, or when the checkpoints belong

@@ -84,7 +84,17 @@ class RatedOptimizer(optax.GradientTransformation):
 
 
 def rated_optimizer(factor: float, **settings: Any) -> RatedOptimizer:
-    """`make_optimizer`, its whole schedule times a factor; equal settings share compiled steps."""
+    """`make_optimizer`, its whole schedule times a factor; equal settings share compiled steps.
+
+    Args:
+        factor: on the rate.
+        settings: arguments of `make_optimizer`.
+
+    Raises:
+        InputError: when a setting is out of range.
+    """
+    if not 0 < factor < math.inf:
+        raise InputError(f"the factor on a rate must be positive and finite, got {factor}")
     base = _with_step_size(**settings)
 
     def init(params: optax.Params) -> optax.OptState:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gradot_jax.errors import InputError
 
@@ -13,14 +13,16 @@ class RateSearch(NamedTuple):
     """Rates that were tried, and the best of them.
 
     Attributes:
-        rate: of least loss; of equal ones the lowest.
-        losses: by rate; inf of a run that diverged.
+        rate: of least loss; of equal ones the first that was tried.
+        losses: by rate, in the order of the trials; inf of a run that diverged.
         bracketed: whether a lower and a higher rate were tried and were no better.
+        best: what the run at `rate` left; None where all diverged, or none was tried.
     """
 
     rate: float
     losses: Mapping[float, float]
     bracketed: bool
+    best: Any
 
 
 def check_rates(rates: Sequence[float]) -> None:
@@ -32,7 +34,7 @@ def check_rates(rates: Sequence[float]) -> None:
 
 
 def search_rate(
-    loss_of: Callable[[float], float], rates: Sequence[float], *, most: int = MOST_TRIALS
+    run: Callable[[float], tuple[float, Any]], rates: Sequence[float], *, most: int = MOST_TRIALS
 ) -> RateSearch:
     """Tries rates, then as many beyond either end as it takes to have the best between two.
 
@@ -40,11 +42,12 @@ def search_rate(
     0.5, 0.25, ... or with 4, 8, ... A single rate is not tried: there is nothing to choose.
 
     Example:
-        >>> search_rate(lambda rate: (rate - 9) ** 2, (1.0, 2.0)).rate
+        >>> search_rate(lambda rate: ((rate - 9) ** 2, None), (1.0, 2.0)).rate
         8.0
 
     Args:
-        loss_of: development loss at a rate; inf where training diverges.
+        run: from a rate to its development loss, inf where training diverges, and what is to be
+            kept of the run if it is the best.
         rates: where to begin.
         most: trials, after which the best is taken as it is.
 
@@ -53,16 +56,21 @@ def search_rate(
     """
     check_rates(rates)
     if len(rates) == 1:
-        return RateSearch(rates[0], {}, bracketed=False)
-    losses = {rate: loss_of(rate) for rate in rates}
+        return RateSearch(rates[0], {}, bracketed=False, best=None)
+    losses: dict[float, float] = {}
+    kept, waiting = None, list(rates)
     while True:
-        best = min(losses, key=lambda rate: (losses[rate], rate))
-        tried = sorted(losses)
-        if tried[0] < best < tried[-1]:
-            return RateSearch(best, losses, bracketed=True)
-        if len(losses) >= most:
-            return RateSearch(best, losses, bracketed=False)
+        for rate in waiting:
+            loss, own = run(rate)
+            if loss < min(losses.values(), default=math.inf):
+                kept = own
+            losses[rate] = loss
+        tried, order = sorted(losses), list(losses)
+        # Where nothing trains the way is down; equal losses are no reason to go anywhere.
+        best = min(losses, key=lambda r: (losses[r], order.index(r) if losses[r] < math.inf else r))
+        bracketed = tried[0] < best < tried[-1]
+        if bracketed or len(losses) >= most:
+            return RateSearch(best, losses, bracketed, kept)
         edge, inner = (tried[0], tried[1]) if best == tried[0] else (tried[-1], tried[-2])
         # Through a decimal, so that the series of a resumed search is the same.
-        further = float(f"{edge * edge / inner:.6g}")
-        losses[further] = loss_of(further)
+        waiting = [float(f"{edge * edge / inner:.6g}")]

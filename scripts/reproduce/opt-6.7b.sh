@@ -11,7 +11,7 @@ budgets="0.64" # 18 of the 28 blocks between the adapters, as offsite-tuning and
 cost="Weights are held in float32, 26 GB before anything is computed; --mesh spreads them."
 
 # Batches and epochs of offsite-tuning's scripts. They give a rate, 5e-5, for RACE and SciQ alone,
-# so it is chosen among CRaSh's 8e-6, 2e-5 and 5e-5 by development loss.
+# so it is chosen by development loss, beginning with CRaSh's 8e-6, 2e-5 and 5e-5.
 question_settings=(--epochs 5 --batch-size 8 --learning-rate 5e-5 --learning-rates 0.16,0.4,1)
 text_settings=(--epochs 2 --batch-size 8 --learning-rate 1e-4 --learning-rates 0.2,1)
 

@@ -4,8 +4,9 @@ import json
 import pytest
 from filelock import FileLock
 
+from gradot_jax.comparison import compressing
 from gradot_jax.comparison.comparison import Shard, run_comparison
-from gradot_jax.comparison.stages import single
+from gradot_jax.comparison.stages import Plan, Stage, single
 from gradot_jax.errors import InputError
 
 METHODS = ("full-finetune", "layer-drop", "empty")
@@ -95,22 +96,50 @@ def test_every_row_has_every_quantity_and_delta_is_their_difference(toy_bed, tmp
     (compression,) = result["compressions"]
     assert 0 < compression["share_verbatim"] <= compression["share_shipped"] < 1
     assert [kept["layer"] for kept in compression["kept"]] == [1, 2, 3]
-    assert not list((tmp_path / "cells").glob("*/"))
     assert not list((tmp_path / "bundles").iterdir())
     assert (magnitude["trials"], result["missing"]) == ({}, 0)
 
 
-def test_a_method_that_cannot_run_is_named_and_the_others_are_written(toy_bed, tmp_path):
-    grid = plan_of(("layer-drop", "empty"), seeds=1, rates=(1.0,))
+def test_a_damaged_cell_is_named_and_the_others_are_written(toy_bed, tmp_path):
+    plan = plan_of(("layer-drop", "empty"), seeds=1, rates=(1.0,))
     bed = toy_bed()
-    held = run_comparison(bed, grid, tmp_path)["compressions"]
+    held = run_comparison(bed, plan, tmp_path)["compressions"]
     assert [c["method"] for c in held] == ["layer-drop", "empty"]
     (cell,) = (tmp_path / "cells").glob("compression-layer-drop*.json")
     cell.write_text("damaged")
     with pytest.raises(InputError, match=r"not run: layer-drop-0\.6: .*not a cell"):
-        run_comparison(bed, grid, tmp_path)
+        run_comparison(bed, plan, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "layer-drop-0.6 was not run" in table and "| empty" in table
+
+
+def test_a_method_that_cannot_run_is_named_and_the_others_are_run(toy_bed, tmp_path):
+    plan = single(("layer-drop", "empty"), (0.1,), ("toy",), rates=(1.0,))
+    with pytest.raises(InputError, match=r"not run: layer-drop-0\.1: .*budget"):
+        run_comparison(toy_bed(), plan, tmp_path, probes=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["method"] for row in result["rows"]] == ["empty"]
+    assert "layer-drop-0.1 was not run" in (tmp_path / "table.md").read_text()
+
+
+def test_a_bundle_is_dropped_when_its_last_stage_is_over(toy_bed, tmp_path):
+    stages = [
+        Stage(methods=("layer-drop", "empty"), budgets=(0.6,), tasks=("toy",), seeds=seeds)
+        for seeds in (1, 2)
+    ]
+    plan, made = Plan(stages=tuple(stages), rates=(1.0,)), []
+    bed = toy_bed()
+    run = compressing.run_compression
+
+    def watched(*args, **settings):
+        made.append(args[4].method)
+        return run(*args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressing, "run_compression", watched)
+        run_comparison(bed, plan, tmp_path, drop_bundles=True)
+    assert made == ["layer-drop", "empty"]
+    assert not list((tmp_path / "bundles").iterdir())
 
 
 def test_shards_share_a_plan_and_a_folder(toy_bed, tmp_path):
@@ -128,7 +157,7 @@ def test_what_another_process_is_at_is_left_to_it(toy_bed, tmp_path):
     plan = plan_of(("layer-drop", "empty"), seeds=1, rates=(1.0,))
     (tmp_path / "locks").mkdir()
     with FileLock(tmp_path / "locks" / "group-empty-None-toy.lock"):
-        result = run_comparison(toy_bed(), plan, tmp_path)
+        result = run_comparison(toy_bed(), plan, tmp_path, again=True, probes=True)
     assert [row["method"] for row in result["rows"]] == ["layer-drop"]
     assert result["missing"] == 1
     assert "1 of the planned runs are missing" in (tmp_path / "table.md").read_text()
@@ -139,7 +168,7 @@ def test_probes_measure_what_a_few_steps_do_to_the_plugged_in_model(toy_bed, tmp
     result = run_comparison(toy_bed(), plan, tmp_path, probes=True)
     assert len(cells_of(tmp_path, "probe")) == 2
     drop, empty = result["compressions"]
-    assert drop["steps"] == 1 and drop["emulator_gain"] > 0
+    assert drop["probe_steps"] == 1 and drop["emulator_gain"] > 0
     assert drop["plug_in_gain"] != empty["plug_in_gain"]
     assert run_comparison(toy_bed(), plan, tmp_path)["compressions"] == result["compressions"]
 
@@ -177,4 +206,4 @@ def test_what_other_code_measured_is_measured_again_beside_it(toy_bed, tmp_path)
     (found,) = run_comparison(toy_bed(), plan, tmp_path, again=True)["again"]
     assert (found["method"], found["quantity"]) == ("layer-drop", "plug_in")
     assert found["then"] - found["now"] == pytest.approx(1, abs=1e-4)
-    assert "Run again by the code as it is" in (tmp_path / "table.md").read_text()
+    assert "again by the code as it is" in (tmp_path / "table.md").read_text()
