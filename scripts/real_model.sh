@@ -16,6 +16,7 @@ it was stopped. Downloads (135 MB) lie in OUT/data/downloads.
 
 Environment:
     STEPS          of fine-tuning                 (default: 60)
+    RATE           learning rate of fine-tuning   (default: 6e-4, which \`auto\` finds for gradot)
     DATA           a folder that scripts/real_data.sh made, or its like
     MODEL          a checkpoint folder, instead of converting the package's
     GRADOT_PYTHON  an interpreter that has everything: none is set up, nothing is installed
@@ -63,7 +64,7 @@ for method in "${methods[@]}"; do
     --out "$run" --overwrite
   once "$run/tuned/adapter" gradot finetune --bundle "$run/bundle" \
     --train "$data/city/train.jsonl" --validation "$data/city/validation.jsonl" \
-    --num-steps "${STEPS:-60}" --warmup-steps 10 --learning-rate 3e-4 --evaluate-every 30 \
+    --num-steps "${STEPS:-60}" --warmup-steps 10 --learning-rate "${RATE:-6e-4}" --evaluate-every 30 \
     --out "$run/tuned" --resume
   once "$run/plugged" gradot plug-in --model "$model" --adapter "$run/tuned/adapter" \
     --owner "$run/owner" --out "$run/plugged"
