@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradot_jax.comparison.stages import FLOOR, REFERENCES
-from gradot_jax.comparison.summary import Interval, observations, paired_interval, planned, select
+from gradot_jax.comparison.stages import EMPTY, REFERENCES
+from gradot_jax.comparison.summary import mean_interval, observations, planned, select
 
 
 def dominated_area(points: Sequence[tuple[float, float]]) -> float:
@@ -52,7 +52,7 @@ def frontiers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = [
             {"task": name, "method": method, **area}
             for method in methods
-            if method not in (*REFERENCES, FLOOR) and (area := _area(result, name, task, method))
+            if method not in (*REFERENCES, EMPTY) and (area := _area(result, name, task, method))
         ]
         found += sorted(rows, key=lambda row: -row["area"].mean)
     return found
@@ -73,7 +73,7 @@ def _area(
     whole = {key: dominated_area(p) for key, p in runs.items() if len(p) == len(budgets)}
     if not whole:
         return None
-    area: Interval = paired_interval(observations(whole))
+    area = mean_interval(observations(whole))
     return {"budgets": budgets, "area": area}
 
 

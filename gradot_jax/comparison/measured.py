@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gradot_jax.comparison.stages import FULL_ALL
 from gradot_jax.comparison.summary import QUANTITIES, estimate, planned, select
-from gradot_jax.data.tasks import PAPER_TASKS, TASKS
+from gradot_jax.data.tasks import PUBLISHED_TASKS, TASKS
 from gradot_jax.errors import InputError
 from gradot_jax.files.strict_json import read_json
 
@@ -36,7 +36,7 @@ _PROTOCOL = (
 
 _SETTINGS = ("draws", "rates", "split", "compute_dtype")
 _TUNING = ("steps", "batch_size", "learning_rate", "warmup", "b2", "weight_decay")
-_QUESTION_SETS = tuple(name for name in PAPER_TASKS if TASKS[name].metric != "perplexity")
+_QUESTION_SETS = tuple(name for name in PUBLISHED_TASKS if TASKS[name].metric != "perplexity")
 _KEYS = {"model", "settings", "planned", "tasks", "rows", "failures", "environment"}
 
 

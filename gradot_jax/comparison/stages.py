@@ -18,7 +18,7 @@ from gradot_jax.training.rate import check_rates
 BASELINE = "gradot"
 """The method that the others are paired with."""
 
-FLOOR = "empty"
+EMPTY = "empty"
 """The method without a middle, which shows whether the middle matters."""
 
 FULL, FULL_ALL = "full-finetune", "full-finetune-all"
@@ -194,7 +194,7 @@ class Plan:
                 continue
             system = METHODS[self.system(name)]
             draws = [None] if system.reads == "weights" else range(stage.draws)
-            for budget in [None] if system.name == FLOOR else stage.budgets:
+            for budget in [None] if system.name == EMPTY else stage.budgets:
                 yield from (Case(name, budget, draw) for draw in draws)
 
     def _units(self, stage: Stage) -> Iterator[Unit]:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import stdtrit
 from scipy.stats import rankdata
 
-from gradot_jax.comparison.stages import BASELINE, FLOOR, REFERENCES
+from gradot_jax.comparison.stages import BASELINE, EMPTY, REFERENCES
 from gradot_jax.methods.table import METHODS
 
 QUANTITIES = {
@@ -63,13 +63,13 @@ class Estimate(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean difference with its confidence interval by Student's t.
+    """A mean with its confidence interval by Student's t.
 
     Attributes:
         mean: the mean.
-        low: lower end; None of a single pair.
-        high: upper end; None of a single pair.
-        count: pairs.
+        low: lower end; None of a single observation.
+        high: upper end; None of a single observation.
+        count: observations.
     """
 
     mean: float
@@ -139,7 +139,7 @@ def predictions(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = [
             row
             for row in select(summary, task=name)
-            if row["method"] != FLOOR
+            if row["method"] != EMPTY
             and (row["method"], row["budget"]) in known
             and row["plug_in"]
             and math.isfinite(row["plug_in"].mean)
@@ -182,7 +182,7 @@ def paired_differences(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     * (ours[quantity][task["metric"]] - other[quantity][task["metric"]])
                     for ours, other in pairs
                 }
-                row[quantity] = paired_interval(observations(gaps))
+                row[quantity] = mean_interval(observations(gaps))
             differences += [row] if pairs else []
     return differences
 
@@ -201,7 +201,7 @@ def validity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     checks = {}
     for name, task in result["tasks"].items():
         rows = select(summary, task=name)
-        floor = [row for row in rows if row["method"] == FLOOR and row["runs"]]
+        floor = [row for row in rows if row["method"] == EMPTY and row["runs"]]
         if not floor or floor[0]["full_finetuned"] is None:
             continue
         zero, full, empty = (
@@ -210,7 +210,7 @@ def validity(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         higher = task["higher_is_better"]
         gain = full - zero if higher else 1 - full / zero
         loss = full - empty if higher else empty / full - 1
-        left_out = (FLOOR, "random", *REFERENCES)
+        left_out = (EMPTY, "random", *REFERENCES)
         others = [r for r in rows if r["method"] not in left_out and r["delta"]]
         checks[name] = {
             "V1": _check(gain, task["validity"]["gain"]),
@@ -228,9 +228,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(count), count)
 
 
-def paired_interval(differences: Sequence[float]) -> Interval:
-    """Mean of at least one difference, with its 95 % interval."""
-    found = estimate(differences)
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of at least one observation, with its 95 % interval."""
+    found = estimate(values)
     if found.error is None:
         return Interval(found.mean, None, None, found.count)
     reach = t_reach(found)

@@ -202,7 +202,7 @@ TASKS: Mapping[str, TaskDescription] = {
     ),
 }
 """Every task by name."""
-PAPER_TASKS = tuple(name for name, task in TASKS.items() if task.paper)
+PUBLISHED_TASKS = tuple(name for name, task in TASKS.items() if task.paper)
 """Those of the papers."""
 
 

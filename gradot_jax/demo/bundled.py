@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradot_jax.comparison.stages import FLOOR, FULL, single
+from gradot_jax.comparison.stages import EMPTY, FULL, single
 from gradot_jax.comparison.testbed import Measure, Testbed
 from gradot_jax.comparison.testbed import Task as ComparedTask
 from gradot_jax.data.examples import eval_batches, take
@@ -61,7 +61,7 @@ def run_demo(
     """
     from gradot_jax.comparison.comparison import run_comparison
 
-    compared = tuple(dict.fromkeys((FULL, *methods, FLOOR)))
+    compared = tuple(dict.fromkeys((FULL, *methods, EMPTY)))
     plan = single(compared, (budget,), tasks, seeds=seeds, draws=draws, rates=(1.0,))
     return run_comparison(bundled_testbed(tasks, tuning=FINE_TUNING), plan, out)
 

@@ -5,8 +5,8 @@ import pytest
 from gradot_jax.comparison.report import report
 from gradot_jax.comparison.summary import (
     estimate,
+    mean_interval,
     paired_differences,
-    paired_interval,
     predictions,
     same_system,
     select,
@@ -174,7 +174,7 @@ def test_mean_and_standard_error_are_those_of_the_formula():
 
 def test_one_run_has_no_error_and_no_interval():
     assert estimate([4.0]) == (4.0, None, 1)
-    assert paired_interval([4.0]) == (4.0, None, None, 1)
+    assert mean_interval([4.0]) == (4.0, None, None, 1)
 
 
 def test_a_diverged_run_spoils_the_mean():
@@ -184,7 +184,7 @@ def test_a_diverged_run_spoils_the_mean():
 
 @pytest.mark.parametrize(("values", "quantile"), [([1.0, 3.0], 12.7062), ([1, 2, 6], 4.30265)])
 def test_interval_reaches_students_quantile_of_the_table(values, quantile):
-    interval = paired_interval(values)
+    interval = mean_interval(values)
     reach = interval.high - interval.mean
     assert reach == pytest.approx(quantile * estimate(values).error, rel=1e-5)
     assert interval.mean - interval.low == pytest.approx(reach)

@@ -6,7 +6,7 @@ import pytest
 
 from gradot_jax.data.examples import prompt_examples, text_examples
 from gradot_jax.data.records import Item, Prompt
-from gradot_jax.data.tasks import PAPER_TASKS, TASKS, load_task, task_examples
+from gradot_jax.data.tasks import PUBLISHED_TASKS, TASKS, load_task, task_examples
 from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 
@@ -305,7 +305,7 @@ def test_questions_with_nothing_to_learn_are_left_out_and_counted(folder):
         load_task("hellaswag", preset="paper", data=folder(train=rows[:1], validation=rows))
 
 
-@pytest.mark.parametrize("name", PAPER_TASKS)
+@pytest.mark.parametrize("name", PUBLISHED_TASKS)
 def test_missing_columns_are_named(name, folder):
     column = TASKS[name].columns[-1]
     row = {key: value for key, value in ROWS[name].items() if key != column} | {"other": 1}
@@ -344,7 +344,7 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {*PAPER_TASKS, "gcide"}))
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {*PUBLISHED_TASKS, "gcide"}))
 def test_tasks_that_are_made_here_learn_the_right_answer_as_it_ends(name, folder):
     task = load_task(
         name, preset="corrected", data=folder(train=[MADE], validation=[MADE], test=[MADE])
