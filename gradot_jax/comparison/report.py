@@ -22,8 +22,6 @@ from gradot_jax.comparison.summary import (
 )
 from gradot_jax.evaluation.record import write_result
 
-NOT_RUN = "not run"
-
 
 def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     """Writes `result.json` and `table.md` of a comparison into a folder."""
@@ -51,8 +49,12 @@ def report(result: Mapping[str, Any]) -> str:
     parts = []
     for name, task in result["tasks"].items():
         better = "higher" if task["higher_is_better"] else "lower"
-        rows = select(summary, task=name)
-        parts.append(f"**{task['label']}** ({better} is better)\n\n{task_table(rows)}")
+        planned = select(summary, task=name)
+        rows = [row for row in planned if row["runs"]]
+        parts.append(f"**{task['label']}** ({better} is better)")
+        parts += [task_table(rows)] if rows else []
+        if waiting := [_label(row) for row in planned if not row["runs"]]:
+            parts.append(f"Not run: {', '.join(waiting)}.")
         untuned = [f"{_label(r)} ({r['untuned']} of {r['runs']})" for r in rows if r["untuned"]]
         if untuned:
             parts.append(
@@ -131,16 +133,14 @@ def frontier_table(areas: Sequence[Mapping[str, Any]]) -> str:
 
 
 def task_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Quantities and Delta, mean and standard error; a row that has none is not run."""
+    """Quantities and Delta of rows that have runs: means and standard errors."""
     nats = [f"{q}_nats" for q in PAIRED if any(row[f"{q}_nats"] for row in rows)]
     quantities = [*QUANTITIES, *nats]
     titles = ["method", "budget", "rate", *(q.replace("_", " ") for q in quantities), "runs"]
     cells = []
     for row in rows:
         values = [_estimate(row[q], 2 if q in nats else 1) for q in quantities]
-        if not row["runs"]:
-            values = [NOT_RUN] * len(quantities)
-        rate = "-" if row["learning_rate"] is None else f"{row['learning_rate']:.2g}"
+        rate = f"{row['learning_rate']:.2g}"
         cells.append([row["method"], _budget(row["budget"]), rate, *values, str(row["runs"])])
     return markdown(titles, cells)
 
