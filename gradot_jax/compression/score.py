@@ -153,19 +153,23 @@ def channel_terms(
     out, of_out = layer[channels.out], factors[channels.out]
     hessian = jnp.zeros((out.shape[0],))
     for site in channels.into:
-        weights, own = layer[site], factors[site]
-        chex.assert_shape(weights.kernel, (None, out.shape[0]))
-        kernel, moment = weights.kernel.astype(jnp.float32), own.input_covariance
-        if weights.bias is not None:
-            kernel = jnp.concatenate([kernel, weights.bias.astype(jnp.float32)[None]])
-            moment = with_bias(own)
-        columns = jnp.abs(jnp.dot(moment, kernel, precision=_EXACT)).sum(0)
-        columns = columns * jnp.abs(own.gradient_covariance).sum(0)
+        chex.assert_shape(layer[site].kernel, (None, out.shape[0]))
+        columns = jnp.abs(moved_columns(layer[site], factors[site])).sum(0)
+        columns = columns * jnp.abs(factors[site].gradient_covariance).sum(0)
         hessian = hessian + columns
     rows = jnp.abs(of_out.input_covariance).sum(0)
     kernel = out.kernel.astype(jnp.float32)
     rows *= jnp.abs(jnp.dot(of_out.gradient_covariance, kernel.T, precision=_EXACT)).sum(0)
     return ScoreTerms(hessian + rows, channel_gradient(channels, layer, factors))
+
+
+def moved_columns(weights: Dense, factors: KroneckerFactors) -> jax.Array:
+    """`A W` of a map into the channels, `[D, F]`; with a bias, of both together, `[D + 1, F]`."""
+    kernel, moment = weights.kernel.astype(jnp.float32), factors.input_covariance
+    if weights.bias is not None:
+        kernel = jnp.concatenate([kernel, weights.bias.astype(jnp.float32)[None]])
+        moment = with_bias(factors)
+    return jnp.dot(moment, kernel, precision=_EXACT)
 
 
 def channel_gradient(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from gradot_jax.compression.channel_set import BLOCK
 from gradot_jax.curvature.tap import zero_taps
 from gradot_jax.memory.forecast import forecast
 from gradot_jax.methods.options import CompressionOptions
@@ -282,15 +283,20 @@ def _decomposition(config, options: CompressionOptions) -> int:
     """Singular vectors and products for the scores.
 
     Of each low-rank map with its vectors 3 D^2, its share of the work space and products 4.5 more;
-    products of the MLP's 5 D F; sets of channels by their Fisher 3 F^2.
+    products of the MLP's 5 D F; sets of channels by their Fisher 3 F^2, by their score 4 D F of
+    each map of the MLP and 6 blocks of candidates.
     """
     if not options.record.scores:
         return 0
     ffn = channel_count(config)
-    fisher = 3 * ffn**2 if options.channel_score == "token-fisher" else 0
+    sets = 0
+    if options.channel_score == "token-fisher":
+        sets = 3 * ffn**2
+    elif options.channel_score == "gcs-set":
+        sets = 4 * config.hidden_size * (_ffn_width(config) + ffn) + 6 * min(BLOCK, ffn**2)
     attention = sum(7.5 * max(shape) ** 2 for shape in _low_rank(config))
     products = 5 * config.hidden_size * _ffn_width(config)
-    return int(attention + products + fisher) * _FLOAT32
+    return int(attention + products + sets) * _FLOAT32
 
 
 def _comparison(config, tokens: int, computed: int) -> int:

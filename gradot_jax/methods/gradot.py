@@ -3,8 +3,10 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from gradot_jax.compression.channel import elimination_costs
+from gradot_jax.compression.channel_set import channel_set_costs
 from gradot_jax.compression.score import (
     LayerTerms,
     ScoreTerms,
@@ -18,6 +20,7 @@ from gradot_jax.compression.score import (
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.linalg.whitened import whitened_svd
+from gradot_jax.methods.allocation import layer_pools, uniform_layer_counts
 from gradot_jax.methods.options import AttentionBasis, AttentionScore, ChannelScore
 from gradot_jax.methods.problem import Outcome, Problem
 from gradot_jax.methods.scored import (
@@ -39,14 +42,32 @@ _COMPONENT_TERMS = {"l1": component_terms, "quadratic": quadratic_terms, "whiten
 def compress(problem: Problem) -> Outcome:
     """The paper's formulas by default; options name each departure."""
     options = problem.options
-    rule = gradot_rule(options.attention_score, options.attention_basis, options.channel_score)
+    rule = gradot_rule(
+        options.attention_score,
+        options.attention_basis,
+        options.channel_score,
+        options.lambda_mlp or 0.0,
+        _known_count(problem),
+    )
     return shrink_layers(problem, lambda layer: rule)
+
+
+def _known_count(problem: Problem) -> int | None:
+    """Channels that every layer keeps, for a search that asks; None where scores decide."""
+    options = problem.options
+    if options.channel_score != "gcs-set":
+        return None
+    pools = layer_pools(problem.config, options)
+    counts = uniform_layer_counts(pools, options, len(problem.middle))
+    return None if counts is None else counts.channels
 
 
 def gradot_rule(
     attention_score: AttentionScore = "l1",
     attention_basis: AttentionBasis = "svd",
     channel_score: ChannelScore = "l1",
+    lambda_mlp: float = 0.0,
+    count: int | None = None,
 ) -> ScoringRule:
     """The gradient-preserving score; the defaults are the paper's formulas.
 
@@ -55,10 +76,18 @@ def gradot_rule(
             which its order is a prefix.
         attention_basis: `svd` or the two-sided `whitened`.
         channel_score: of channels.
+        lambda_mlp: of channels, where their score is of sets.
+        count: channels to keep, where that is known to such a score.
     """
     whitened = attention_basis == "whitened"
     component_score = "whitened" if whitened else attention_score
-    terms = partial(gradot_terms, component_score=component_score, channel_score=channel_score)
+    terms = partial(
+        gradot_terms,
+        component_score=component_score,
+        channel_score=channel_score,
+        lambda_mlp=lambda_mlp,
+        count=count,
+    )
     if whitened:
         return ScoringRule(_whitened, terms)
     return ScoringRule(plain_svd, terms, decomposes_alone=True)
@@ -73,7 +102,7 @@ def _whitened(
     return whitened_svd(kernels, *moments, damping=WHITENING_DAMPING, mesh=mesh)
 
 
-@partial(jax.jit, static_argnames=("layout", "component_score", "channel_score"))
+@partial(jax.jit, static_argnames=("layout", "component_score", "channel_score", "count"))
 def gradot_terms(
     layout: Layout,
     layer: Maps,
@@ -81,6 +110,8 @@ def gradot_terms(
     factors: Factors | None,
     component_score: str = "l1",
     channel_score: ChannelScore = "l1",
+    lambda_mlp: jax.Array | float = 0.0,
+    count: int | None = None,
 ) -> LayerTerms:
     """GCS of every component and channel (GradOT).
 
@@ -90,7 +121,10 @@ def gradot_terms(
         parts: components of its low-rank sites.
         factors: of the same layer.
         component_score: `l1` is the paper's; `quadratic`; `whitened` for a whitened decomposition.
-        channel_score: `l1` is the paper's; `token-fisher` reads the removal Fisher of the channels.
+        channel_score: `l1` is the paper's; `gcs-set` searches with it for a set, and yields costs
+            with lambda's term in them; `token-fisher` reads the removal Fisher of the channels.
+        lambda_mlp: for `gcs-set`.
+        count: channels to keep, for `gcs-set`; None where scores decide.
 
     Raises:
         ValueError: without the factors that a score needs.
@@ -99,6 +133,9 @@ def gradot_terms(
     components = component_scores(_COMPONENT_TERMS[component_score], parts, factors)
     if channel_score == "l1":
         return LayerTerms(components, channel_terms(layout.channels, layer, factors))
+    if channel_score == "gcs-set":
+        costs = channel_set_costs(layout.channels, layer, factors, lambda_mlp, count)
+        return LayerTerms(components, ScoreTerms(costs, jnp.zeros_like(costs)))
     fisher = factors[layout.channels.out].removal_fisher
     if fisher is None:
         raise ValueError(

@@ -11,7 +11,7 @@ from gradot_jax.methods.table import METHODS, Method
 AdapterChoice = Literal["sandwich", "own"]
 AttentionScore = Literal["l1", "quadratic"]
 AttentionBasis = Literal["svd", "whitened"]
-ChannelScore = Literal["l1", "token-fisher"]
+ChannelScore = Literal["l1", "gcs-set", "token-fisher"]
 Allocation = Literal["uniform", "global"]
 AttentionCompensation = Literal["none", "bias", "refit"]
 MLPCompensation = Literal["none", "refit"]
@@ -143,8 +143,8 @@ class CompressionOptions:
         attention_score: `l1` is the paper's; `quadratic` is the KFAC quadratic form.
         attention_basis: `svd` is the paper's; `whitened` decomposes A^1/2 W G^1/2 and scores by
             its squared singular values.
-        channel_score: `l1` is the paper's; `token-fisher` selects sets by the exact Fisher of
-            tokens.
+        channel_score: `l1` is the paper's; `gcs-set` searches for the set that scores least by it
+            as a whole; `token-fisher` selects sets by the exact Fisher of tokens.
         lambda_attention: weight of the loss term for attention, dimensionless; 0 leaves it out.
         lambda_mlp: the same for the MLPs.
         allocation: `uniform` gives every layer the same share; `global` ranks all layers

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from gradot_jax.calibration.passes import Cotangents, layer_function, sweep_layer
+from gradot_jax.compression.channel_set import channel_set_costs
+from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.curvature.tap import zero_taps
 from gradot_jax.memory.estimate import ARENAS, estimate_memory
 from gradot_jax.methods.options import CompressionOptions
@@ -20,6 +22,7 @@ from gradot_jax.models.checkpoint import save_model
 from gradot_jax.models.opt.config import OPTConfig
 from gradot_jax.models.params import count_params, init_params
 from gradot_jax.models.split import AdapterSpec
+from gradot_jax.nn.layout import maps, shaped
 
 SPLIT = AdapterSpec(2, 2)
 CONFIG = OPTConfig(
@@ -144,6 +147,20 @@ def test_a_sweep_takes_no_more_than_estimated(compute_dtype):
     cotangents = hidden.size * jnp.dtype(compute_dtype).itemsize
     assert used <= parts.sums + parts.activations + parts.layer + cotangents
     assert used > 0.3 * (parts.sums + parts.activations)
+
+
+@pytest.mark.parametrize("count", [None, 512])
+def test_a_search_for_channels_takes_no_more_than_estimated(count):
+    channels = BLOCK.layout.channels
+    layer = {site: maps(BLOCK)[site] for site in (*channels.into, channels.out)}
+    factors = {
+        site: KroneckerFactors(shaped(i, i), shaped(i), shaped(o, o), None)
+        for site, (i, o) in {site: weights.shape for site, weights in layer.items()}.items()
+    }
+    counted = channel_set_costs.lower(channels, layer, factors, 0.0, count).compile()
+    used = counted.memory_analysis().temp_size_in_bytes
+    parts = estimate(options=CompressionOptions(channel_score="gcs-set"))
+    assert used <= parts.decomposition < 4 * used
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -22,6 +22,7 @@ RULES = {
     "gradot": gradot_rule(),
     "quadratic": gradot_rule(attention_score="quadratic"),
     "whitened": gradot_rule(attention_basis="whitened", channel_score="token-fisher"),
+    "search": gradot_rule(channel_score="gcs-set", count=5),
     "activation": ACTIVATION_SVD,
     "magnitude": MAGNITUDE,
     "random": random_rule(0, 1),
