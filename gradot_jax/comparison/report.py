@@ -232,7 +232,8 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _observed(result: Mapping[str, Any]) -> str:
-    return "draws" if len(result["settings"]["draws"]) > 1 else "seeds, on one draw"
+    draws = {row["draw"] for row in result["rows"]} - {None}
+    return "draws" if len(draws) > 1 else "seeds, on one draw"
 
 
 def _estimate(value: Estimate | None, digits: int) -> str:
@@ -256,7 +257,7 @@ def _percent(value: Estimate | None) -> str:
 
 
 def _mebibytes(value: Estimate | None) -> str:
-    return "-" if value is None else f"{value.mean / 2**20:.0f}"
+    return "-" if value is None else f"{round(value.mean / 2**20)}"
 
 
 def _budget(budget: float | None) -> str:

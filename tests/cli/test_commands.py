@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gradot_jax
+import gradot_jax.cli.finetune
 from gradot_jax.cli.inspect import Inspect
 from gradot_jax.cli.main import main
 from gradot_jax.memory import available
@@ -138,6 +139,13 @@ def test_resumed_run_ends_where_an_unbroken_one_does(checkpoint, text, tmp_path)
     assert whole == parts
 
 
+@pytest.fixture
+def near(monkeypatch):
+    """A search that begins near the best rate of the smallest model, which is far from others'."""
+    monkeypatch.setattr(gradot_jax.cli.finetune, "_FIRST_RATES", (0.1, 0.2))
+
+
+@pytest.mark.usefixtures("near")
 def test_a_searched_rate_lies_between_two_and_is_the_run_at_that_rate(
     checkpoint, text, prompts, tmp_path, capsys
 ):
@@ -164,6 +172,7 @@ def test_a_searched_rate_lies_between_two_and_is_the_run_at_that_rate(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
 
 
+@pytest.mark.usefixtures("near")
 def test_a_search_that_was_stopped_goes_on_with_the_rate_it_was_at(
     checkpoint, text, prompts, tmp_path, monkeypatch, capsys
 ):
