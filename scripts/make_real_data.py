@@ -380,6 +380,7 @@ def prompt_of(row: Row) -> str:
 
 
 SHORTEST_PASSAGE = 200
+TITLE = "# Data from packages"
 
 
 def calibration(path: Path) -> Files:
@@ -579,8 +580,16 @@ def write_folder(folder: Path, files: Files) -> None:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (new / f"{name}.jsonl").write_bytes(lines.encode("utf-8"))
         if folder.exists():
+            refuse_others(folder)
             folder.replace(Path(temporary, "old"))
         new.replace(folder)
+
+
+def refuse_others(folder: Path) -> None:
+    """Refuses to replace what was not made here."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    if others := [name for name in names if not name.endswith(".jsonl")]:
+        raise RefusedError(f"{folder}: holds {', '.join(sorted(others)[:3])}; choose another --out")
 
 
 def write_model(out: Path, wheel: Path) -> None:
@@ -604,7 +613,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     failed = [name for name in dict.fromkeys(options.parts) if not make(name, out)]
-    (out / "README.md").write_text(readme(), encoding="utf-8")
+    about = out / "README.md"
+    if about.exists() and not about.read_text(encoding="utf-8").startswith(TITLE):
+        print(f"{about}: not made here, left as it is", file=sys.stderr)
+    else:
+        about.write_text(readme(), encoding="utf-8")
     if failed:
         print(f"not made: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -649,7 +662,7 @@ def make(name: str, out: Path) -> bool:
 
 def readme() -> str:
     """Where each part comes from, and under what licence."""
-    lines = ["# Data from packages", ""]
+    lines = [TITLE, ""]
     lines += ["Made by `scripts/real_data.sh`; parts that were not asked for are not here.", ""]
     lines += ["| part | package | what, licence, attribution |", "|---|---|---|"]
     for name, part in PARTS.items():

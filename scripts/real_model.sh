@@ -38,6 +38,12 @@ model="${MODEL:-$out/model}"
 budget=0.6
 methods=(gradot layer-drop)
 began=$SECONDS
+settings="${STEPS:-60} steps, rate ${RATE:-6e-4}, model $model, data $data"
+if [ -e "$out/settings" ] && [ "$(cat "$out/settings")" != "$settings" ]; then
+  echo "$out: holds a run of $(cat "$out/settings"); choose another OUT" >&2
+  exit 3
+fi
+echo "$settings" > "$out/settings"
 
 gradot() {
   "$GRADOT_PYTHON" -m gradot_jax.cli.main "$@"
@@ -59,12 +65,17 @@ once "$model" gradot convert "$data/model.gguf" --out "$model"
 measure untuned --model "$model"
 for method in "${methods[@]}"; do
   run="$out/$method"
+  # What an earlier run began is ours to replace, and nothing else.
+  started=""
+  [ ! -e "$run.started" ] || started=1
+  [ -e "$run" ] || touch "$run.started"
   once "$run/bundle" gradot compress --model "$model" --method "$method" --budget "$budget" \
     --calibration "$data/calibration/documents.jsonl" --num-sequences 64 --sequence-length 128 \
-    --out "$run" --overwrite
+    --out "$run" ${started:+--overwrite}
   once "$run/tuned/adapter" gradot finetune --bundle "$run/bundle" \
     --train "$data/city/train.jsonl" --validation "$data/city/validation.jsonl" \
-    --num-steps "${STEPS:-60}" --warmup-steps 10 --learning-rate "${RATE:-6e-4}" --evaluate-every 30 \
+    --num-steps "${STEPS:-60}" --warmup-steps 10 --b2 0.98 --learning-rate "${RATE:-6e-4}" \
+    --evaluate-every 30 \
     --out "$run/tuned" --resume
   once "$run/plugged" gradot plug-in --model "$model" --adapter "$run/tuned/adapter" \
     --owner "$run/owner" --out "$run/plugged"

@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from gradot_jax.cli.common import Debuggable, Dtype, check_new
+from gradot_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,10 @@ class Convert(Debuggable):
         from gradot_jax.files.gguf_file import open_gguf
         from gradot_jax.models.convert import find_gguf, write_config, write_weights
 
-        file = open_gguf(find_gguf(self.source, self.file, self.revision))
+        path = find_gguf(self.source, self.file, self.revision)
+        if path.resolve().is_relative_to(self.out.resolve()):
+            raise InputError(f"{self.out}: holds the file to convert, {path.name}; choose another")
+        file = open_gguf(path)
         with output_folder(self.out, overwrite=self.overwrite) as folder:
             config = write_config(folder, file, self.dtype)
             write_tokenizer(folder, file)

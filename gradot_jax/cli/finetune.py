@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gradot_jax.training.loop import Trained
 
 _FIRST_RATES = (1e-4, 2e-4)
-_SETTINGS = "accumulate schedule weight_decay clip_norm seed dtype".split()
+_SETTINGS = "b1 b2 accumulate schedule weight_decay clip_norm seed dtype".split()
 """What a resumed run must agree on, besides bundle and data."""
 
 
@@ -44,6 +44,8 @@ class Finetune(OnHosts):
         schedule: how it falls after the warm-up.
         warmup_steps: updates over which it rises; a thirtieth of them by default.
         weight_decay: of matrices.
+        b1: decay of AdamW's first moment.
+        b2: decay of its second; 0.98 suits runs of a hundred steps.
         clip_norm: largest norm of the gradient.
         sequence_length: tokens an example at most; by default what the model takes, up to 2,048.
         evaluate_every: steps between validations and checkpoints; by default a tenth of the run.
@@ -66,6 +68,8 @@ class Finetune(OnHosts):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int | None = None
     weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
     clip_norm: float = 1.0
     sequence_length: int | None = None
     evaluate_every: int | None = None
@@ -86,6 +90,10 @@ class Finetune(OnHosts):
         if self.learning_rate == "auto" and self.validation is None:
             raise InputError("--learning-rate auto chooses by validation loss: give --validation")
         check_new(self.out, overwrite=self.overwrite or self.resume)
+        other = self.out / ("checkpoints" if self.learning_rate == "auto" else "rates")
+        if self.resume and other.exists():
+            how = "given" if self.learning_rate == "auto" else "searched for"
+            raise InputError(f"{other}: of a run whose rate was {how}; choose another folder")
         import shutil
 
         from gradot_jax.cli.data import open_tokenizer, training_examples
@@ -108,6 +116,7 @@ class Finetune(OnHosts):
             "warmup_steps": warmup,
             "schedule": self.schedule,
             "weight_decay": self.weight_decay,
+            "betas": (self.b1, self.b2),
             "clip_norm": self.clip_norm,
             "accumulate": self.accumulate,
         }

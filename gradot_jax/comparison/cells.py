@@ -16,6 +16,7 @@ from filelock import FileLock
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment, write_result
 from gradot_jax.files.digest import json_digest
+from gradot_jax.files.strict_json import read_json
 
 _NOT_IN_JSON = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
@@ -97,19 +98,60 @@ class CellStore:
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> Any:
         try:
-            cell = json.loads(path.read_text(encoding="utf-8"))
-            lacking = {"settings", "result", "environment"} - cell.keys()
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not a cell of a comparison ({error}); remove it") from None
-        if lacking:
-            raise InputError(
-                f"{path}: not a cell of a comparison, lacks {sorted(lacking)}; remove it"
-            )
-        if cell["settings"] != json.loads(json.dumps(settings)):
+            cell = _restored(read_json(path))
+        except InputError as error:
+            raise InputError(f"not a cell of a comparison, remove it: {error}") from None
+        if fault := _fault(cell):
+            raise InputError(f"{path}: not a cell of a comparison, {fault}; remove it")
+        if cell["settings"] != _restored(json.loads(json.dumps(settings))):
             raise InputError(
                 f"{path}: holds a cell of other settings than its name says; remove it"
             )
         return cell
+
+
+_COMPRESSION = "share_shipped share_verbatim gradient_cosine gradient_relative_error loss_gap"
+_RUN = {"development_loss", "best_step", "seconds"}
+_NEEDED = {
+    "trial": {"development_loss"},
+    "run": _RUN,
+    "again": _RUN,
+    "compression": {*_COMPRESSION.split(), "seconds", "adapter", "kept"},
+    "probe": {"plug_in_gain", "emulator_gain", "moved_relative_error"},
+}
+"""What the results of a kind of cell have; metrics by name are on top."""
+_OTHERS = {"adapter": dict, "kept": list, "diverged": str}
+"""Values of results that are neither numbers nor metrics."""
+
+
+def _fault(cell: Mapping[str, Any]) -> str | None:
+    """What is wrong with a cell, if anything: others may have written it."""
+    parts = [name for name in ("settings", "result", "environment") if not _is_object(cell, name)]
+    if parts:
+        return f"lacks {', '.join(parts)}"
+    if not isinstance(cell["environment"].get("code"), str):
+        return "lacks the code that made it"
+    result = cell["result"]
+    if lacking := _NEEDED.get(cell["settings"].get("cell"), set()) - result.keys():
+        return f"its result lacks {', '.join(sorted(lacking))}"
+    for name, value in result.items():
+        if name in _OTHERS:
+            right = isinstance(value, _OTHERS[name])
+        elif isinstance(value, dict):
+            right = all(map(_is_number, value.values()))
+        else:
+            right = value is None or _is_number(value)
+        if not right:
+            return f"its {name} is {value!r:.60}"
+    return None
+
+
+def _is_object(cell: Mapping[str, Any], name: str) -> bool:
+    return isinstance(cell.get(name), dict)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _restored(value: Any) -> Any:

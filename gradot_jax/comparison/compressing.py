@@ -97,17 +97,20 @@ class CompressionCell:
     def emulator(self) -> SplitModel:
         """The emulator as the data owner loads it."""
         if self._emulator is None:
+            from gradot_jax.offsite.bundle import receive
+
             with self._store.lock(self.bundle.name):
                 if not self.bundle.is_dir():
                     self._ship(self._run())
-            from gradot_jax.offsite.bundle import receive
-
-            self._emulator = receive(self.bundle, with_tokenizer=False).emulator
+                self._emulator = receive(self.bundle, with_tokenizer=False).emulator
         return self._emulator
 
     def drop(self) -> None:
         """Removes the bundle; asked for again, the emulator is made again."""
-        shutil.rmtree(self.bundle, ignore_errors=True)
+        with self._store.lock(self.bundle.name):
+            if self.bundle.is_dir():
+                # Whole or not at all under its name, whatever ends this.
+                shutil.rmtree(self.bundle.replace(self.bundle.with_suffix(".dropped")))
 
     def _compress(self) -> dict[str, Any]:
         bed = self._bed

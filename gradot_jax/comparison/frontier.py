@@ -32,9 +32,11 @@ def worth(value: float, zero: float, full: float, *, higher: bool) -> float:
         full: of the full model, tuned.
         higher: whether higher is better; a perplexity is better when it is lower.
     """
+    if not math.isfinite(value) or (not higher and value <= 0):
+        return 0.0
     if not higher:
         value, zero, full = (-math.log(number) for number in (value, zero, full))
-    if not math.isfinite(value) or full <= zero:
+    if full <= zero:
         return 0.0
     return min(max((value - zero) / (full - zero), 0.0), 1.0)
 
@@ -64,7 +66,7 @@ def _area(
     rows = [
         row
         for row in select(result["rows"], task=name, method=method)
-        if row.get("full_finetuned") and row.get("plug_in")
+        if row.get("full_finetuned") and row.get("plug_in") and _has_ends(row, task)
     ]
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
     runs: dict[tuple[Any, Any], list[tuple[float, float]]] = {}
@@ -75,6 +77,12 @@ def _area(
         return None
     area = mean_interval(observations(whole))
     return {"budgets": budgets, "area": area}
+
+
+def _has_ends(row: Mapping[str, Any], task: Mapping[str, Any]) -> bool:
+    """Whether the scale has two ends: a reference that diverged is none."""
+    ends = [row[name][task["metric"]] for name in ("zero_shot", "full_finetuned")]
+    return all(map(math.isfinite, ends)) and (task["higher_is_better"] or min(ends) > 0)
 
 
 def _point(row: Mapping[str, Any], task: Mapping[str, Any]) -> tuple[float, float]:

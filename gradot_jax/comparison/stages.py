@@ -4,6 +4,7 @@ A plan is a list of stages, the most urgent first. What two stages share is run 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,11 @@ THE_BUDGET = "$budget"
 
 RATES = (1.0, 2.0)
 """Factors on a task's learning rate that a search begins with, see `training.rate`."""
+
+MOST_RUNS = 1000
+"""Seeds, or draws, of a stage."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,59}")
 
 Variants = Mapping[str, Mapping[str, Any]]
 
@@ -100,10 +106,15 @@ class Stage:
                 raise InputError(f"{name}: expected some, each once, got {list(values)}")
         for budget in self.budgets:
             check_budget("budgets", budget)
+        # Equal cells have equal settings: 1 and 1.0 are one budget.
+        object.__setattr__(self, "budgets", tuple(map(float, self.budgets)))
         for name in ("seeds", "draws"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{name} must be a whole number, at least 1, got {value!r}")
+            if type(value) is not int or not 1 <= value <= MOST_RUNS:
+                raise InputError(
+                    f"{name} must be a whole number, at least 1 and at most {MOST_RUNS}, got "
+                    f"{value!r}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +135,13 @@ class Plan:
     def __post_init__(self) -> None:
         """Checks names and options; raises InputError."""
         check_rates(self.rates)
+        object.__setattr__(self, "rates", tuple(map(float, self.rates)))
+        for name in self.variants:
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"variants: {name!r:.80} is no name; expected at most 60 letters, digits, +, "
+                    "., _ and -"
+                )
         known = (*REFERENCES, *METHODS)
         if taken := [name for name in self.variants if name in known]:
             raise InputError(f"variants: {', '.join(taken)} has its meaning already")

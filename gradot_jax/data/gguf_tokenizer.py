@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _KEY = "tokenizer.ggml."
+_MOST_CUTS = 2**25
+"""Sum of the squared lengths of tokens; 2e6 of Llama's."""
 _TEMPLATE = "tokenizer.chat_template"
 _LONGEST = 512
 """Characters of a token; SentencePiece's are cut in every place."""
@@ -182,6 +184,8 @@ def _sentencepiece(
     normal = {token: index for token, index in vocabulary.items() if kinds[index] == _NORMAL}
     if odd := [t for t, i in vocabulary.items() if kinds[i] == _USER and _SPACE in t]:
         raise InputError(f"{file.path}: {_KEY}tokens has {odd[0]!r}, user-defined; not read")
+    if sum(len(token) ** 2 for token in normal) > _MOST_CUTS:
+        raise file.refused(f"{_KEY}tokens", "tokens of a few letters each")
     merges = [
         (token[:cut], token[cut:])
         for token in sorted(normal, key=lambda token: -scores[normal[token]])

@@ -20,14 +20,14 @@ from gradot_jax.files.digest import sources_digest
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _PACKAGE = Path(gradot_jax.__file__).parent
 _NUMERICAL = "linalg nn curvature compression models calibration training methods".split()
-"""Folders of the package that figures depend on."""
+"""Folders of the package that compute: from arrays to methods and training."""
 
 
 def environment() -> dict[str, Any]:
     """Versions and devices; nothing that names the machine, its user or its folders.
 
-    `code` is a digest of the sources that figures depend on, `commit` that of the checkout which
-    the package lies in, if it lies in one.
+    `code` is a digest of the sources of what is computed, not of how it is measured; `commit` is
+    that of the checkout which the package lies in, if it lies in one.
     """
     device = jax.devices()[0]
     return {
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def code_digest() -> str:
-    """Of the sources that figures depend on, 16 hexadecimal digits."""
+    """Of the sources of what is computed, 16 hexadecimal digits."""
     return sources_digest([_PACKAGE / folder for folder in _NUMERICAL])[:16]
 
 

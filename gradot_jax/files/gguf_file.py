@@ -165,6 +165,7 @@ def open_gguf(path: Path) -> GGUFFile:
     if file.get("split.count", int, 0) > 1:
         raise file.refused("split.count", "a model in one file; merge its parts first")
     start = end = -(-header.position // alignment) * alignment
+    known: set[Any] = set()
     for name, shape, number, offset in described:
         where = f"{path}: tensor {name!r:.80}"
         if name in file.tensors:
@@ -181,7 +182,9 @@ def open_gguf(path: Path) -> GGUFFile:
         if end + rows * width > len(header.data):
             raise InputError(f"{where} of shape {shape} goes beyond the end of the file")
         data = np.ndarray((rows, width), np.uint8, header.data, end)
-        _check_kind(gguf, where, kind, size)
+        if kind not in known:
+            _check_kind(gguf, where, kind, size)
+            known.add(kind)
         file.tensors[name] = GGUFTensor(path, name, shape, kind, data)
         end += -(-rows * width // alignment) * alignment
     if end + alignment <= len(header.data):

@@ -195,7 +195,7 @@ def _by_pieces(
     if jax.default_backend() == "cpu":
         most = max(_MAX_LOGITS_CPU, _MIN_TOKENS_CPU * vocab_size)
     # Sequences are cut, not the batch, whose rows may lie on several devices.
-    pieces = min(math.ceil(batch * length * vocab_size / most), length)
+    pieces = max(min(math.ceil(batch * length * vocab_size / most), length), 1)
     size = math.ceil(length / pieces)
     keys = None if key is None else jax.random.split(key, pieces)
     if pieces == 1:

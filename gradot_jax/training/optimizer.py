@@ -49,6 +49,8 @@ def make_optimizer(
         InputError: when a setting is out of range.
     """
     _check(learning_rate, num_steps, warmup_steps, schedule, accumulate)
+    if not all(0 <= beta < 1 for beta in betas):
+        raise InputError(f"the decays of the moments must lie in [0, 1), got {betas}")
     rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(
         learning_rate=_schedule(schedule, learning_rate, num_steps, warmup_steps)
     )

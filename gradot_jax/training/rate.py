@@ -13,7 +13,7 @@ class RateSearch(NamedTuple):
     """Rates that were tried, and the best of them.
 
     Attributes:
-        rate: of least loss; of equal ones the first that was tried.
+        rate: of least loss; of equal ones the lowest.
         losses: by rate, in the order of the trials; inf of a run that diverged.
         bracketed: whether a lower and a higher rate were tried and were no better.
         best: what the run at `rate` left; None where all diverged, or none was tried.
@@ -58,19 +58,21 @@ def search_rate(
     if len(rates) == 1:
         return RateSearch(rates[0], {}, bracketed=False, best=None)
     losses: dict[float, float] = {}
-    kept, waiting = None, list(rates)
+    least, kept, waiting = (math.inf, math.inf), None, list(rates)
     while True:
         for rate in waiting:
             loss, own = run(rate)
-            if loss < min(losses.values(), default=math.inf):
-                kept = own
-            losses[rate] = loss
-        tried, order = sorted(losses), list(losses)
-        # Where nothing trains the way is down; equal losses are no reason to go anywhere.
-        best = min(losses, key=lambda r: (losses[r], order.index(r) if losses[r] < math.inf else r))
+            losses[rate] = loss = math.inf if math.isnan(loss) else loss
+            if (loss, rate) < least:
+                least, kept = (loss, rate), own
+        tried = sorted(losses)
+        # Rates that tie left the weights as they were: whatever trains is lower.
+        best = least[1]
         bracketed = tried[0] < best < tried[-1]
-        if bracketed or len(losses) >= most:
-            return RateSearch(best, losses, bracketed, kept)
         edge, inner = (tried[0], tried[1]) if best == tried[0] else (tried[-1], tried[-2])
         # Through a decimal, so that the series of a resumed search is the same.
-        waiting = [float(f"{edge * edge / inner:.6g}")]
+        further = float(f"{edge * (edge / inner):.6g}")
+        new = 0 < further < math.inf and further not in losses
+        if bracketed or len(losses) >= most or not new:
+            return RateSearch(best, losses, bracketed, kept)
+        waiting = [further]

@@ -94,3 +94,11 @@ def test_a_truncated_file_writes_nothing(write, tmp_path, capsys):
     assert main(["convert", str(path), "--out", str(tmp_path / "model")]) == REFUSED
     assert "goes beyond the end of the file" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize("source", [".", "tiny.gguf"])
+def test_the_folder_of_the_file_is_never_replaced(source, write, tmp_path, capsys):
+    path = write()
+    command = ["convert", str(tmp_path / source), "--out", str(tmp_path), "--overwrite"]
+    assert main(command) == REFUSED
+    assert "holds the file to convert" in capsys.readouterr().err and path.is_file()

@@ -41,8 +41,8 @@ def test_other_settings_are_another_cell(tmp_path):
 def test_numbers_that_json_lacks_come_back(tmp_path):
     store = CellStore(tmp_path / "cells")
     for _ in range(2):
-        cell = get(store, lambda: {"a": [math.inf, -math.inf], "b": math.nan})["result"]
-        assert cell["a"] == [math.inf, -math.inf] and math.isnan(cell["b"])
+        cell = get(store, lambda: {"a": {"x": math.inf, "y": -math.inf}, "b": math.nan})["result"]
+        assert cell["a"] == {"x": math.inf, "y": -math.inf} and math.isnan(cell["b"])
 
 
 def test_a_cell_that_fails_leaves_nothing(tmp_path):
@@ -57,12 +57,39 @@ def test_a_store_that_computes_nothing_says_what_is_not_there(tmp_path):
     assert not (tmp_path / "cells").exists()
 
 
-@pytest.mark.parametrize("content", ["half a ce", "[]", json.dumps({"settings": {"seed": 7}})])
+WHOLE = {"settings": {"cell": "run"}, "environment": {"code": "c0de"}}
+RESULT = {"development_loss": 1.0, "best_step": 2, "seconds": 3.0, "plug_in": {"score": 4.0}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "half a ce",
+        "[]",
+        "[" * 200_000,
+        json.dumps({"settings": {"seed": 7}}),
+        json.dumps(WHOLE | {"result": None}),
+        json.dumps(WHOLE | {"result": {}}),
+        json.dumps(WHOLE | {"result": RESULT | {"seconds": "3 s"}}),
+        json.dumps(WHOLE | {"result": RESULT | {"plug_in": {"score": True}}}),
+        json.dumps(WHOLE | {"result": RESULT, "environment": {}}),
+        json.dumps(WHOLE | {"result": RESULT})[:-1] + ', "result": {}}',
+    ],
+)
 def test_what_is_no_cell_is_refused_with_its_name(tmp_path, content):
     store = CellStore(tmp_path / "cells")
-    store.path("run", WHERE, {}).write_text(content)
-    with pytest.raises(InputError, match="not a cell"):
-        get(store, refuse)
+    path = store.path("run", WHERE, {"cell": "run"})
+    path.write_text(content)
+    with pytest.raises(InputError, match="not a cell") as refused:
+        get(store, refuse, cell="run")
+    assert str(path) in str(refused.value)
+
+
+def test_a_whole_cell_of_others_is_taken(tmp_path):
+    store = CellStore(tmp_path / "cells")
+    path = store.path("run", WHERE, {"cell": "run"})
+    path.write_text(json.dumps(WHOLE | {"result": RESULT}))
+    assert get(store, refuse, cell="run")["result"] == RESULT
 
 
 def test_a_cell_under_another_name_is_refused(tmp_path):

@@ -107,7 +107,7 @@ def test_a_damaged_cell_is_named_and_the_others_are_written(toy_bed, tmp_path):
     assert [c["method"] for c in held] == ["layer-drop", "empty"]
     (cell,) = (tmp_path / "cells").glob("compression-layer-drop*.json")
     cell.write_text("damaged")
-    with pytest.raises(InputError, match=r"not run: layer-drop-0\.6: .*not a cell"):
+    with pytest.raises(InputError, match=r"not run: layer-drop-0\.6: not a cell"):
         run_comparison(bed, plan, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "layer-drop-0.6 was not run" in table and "| empty" in table

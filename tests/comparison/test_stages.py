@@ -97,6 +97,11 @@ def test_a_plan_is_read_from_its_file(tmp_path):
         ({"stages": [{"methods": ["sparse"], "budgets": [0.6], "tasks": ["a"]}]}, "sparse"),
         ({"stages": [{"methods": ["gradot"], "budgets": [2], "tasks": ["a"]}]}, "budgets"),
         ({"stages": [], "variants": {"gradot": {}}}, "its meaning already"),
+        ({"stages": [], "variants": {"../evil": {"method": "gradot"}}}, "is no name"),
+        (
+            {"stages": [{"methods": ["gradot"], "budgets": [1], "tasks": ["a"], "seeds": 10**11}]},
+            "at most 1000",
+        ),
     ],
 )
 def test_what_is_no_plan_is_refused_with_its_file(tmp_path, plan, message):

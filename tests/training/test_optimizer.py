@@ -141,3 +141,9 @@ def test_the_rate_of_record_is_the_one_that_was_taken():
     for expected in (0.0, 1.5e-2):
         _, state = optimizer.update(params, state, params)
         assert float(current_learning_rate(state)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, -0.1), (0.9, float("nan"))])
+def test_decays_out_of_range_are_refused(betas):
+    with pytest.raises(InputError, match="decays of the moments"):
+        make_optimizer(learning_rate=1e-3, num_steps=2, betas=betas)

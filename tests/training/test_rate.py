@@ -43,7 +43,7 @@ def test_rates_that_diverge_bracket_from_above():
 
 
 def test_where_nothing_trains_the_way_is_down():
-    run, tried = watched(lambda rate: math.inf if rate > 0.3 else 1.0)
+    run, tried = watched(lambda rate: math.inf if rate > 0.3 else 1.0 - rate)
     found = search_rate(run, (1.0, 2.0))
     assert (found.rate, found.bracketed, found.best) == (0.25, True, "run at 0.25")
     assert tried == [1, 2, 0.5, 0.25, 0.125]
@@ -51,11 +51,31 @@ def test_where_nothing_trains_the_way_is_down():
     assert (nothing.best, nothing.bracketed, min(nothing.losses)) == (None, False, 0.25)
 
 
-def test_of_rates_that_are_equal_the_first_is_taken_and_ends_the_search():
-    run, tried = watched(lambda rate: 1.0)
-    found = search_rate(run, (1.0, 2.0))
-    assert (found.rate, found.bracketed, found.best) == (1.0, True, "run at 1.0")
-    assert tried == [1, 2, 0.5]
+def test_rates_that_leave_the_weights_as_they_were_point_down():
+    run, _ = watched(lambda rate: 1.0 if rate >= 0.2 else 0.6 + rate)
+    found = search_rate(run, (1.0, 2.0), most=6)
+    assert (found.rate, found.bracketed, found.best) == (0.0625, False, "run at 0.0625")
+    valley, _ = watched(lambda rate: 1.0 if rate >= 0.2 else abs(rate - 0.1))
+    assert search_rate(valley, (1.0, 2.0))[::2] == (0.125, True)
+
+
+def test_where_nothing_helps_the_lowest_is_taken_and_is_not_bracketed():
+    run, _ = watched(lambda rate: 1.0)
+    found = search_rate(run, (1.0, 2.0), most=4)
+    assert (found.rate, found.bracketed, found.best) == (0.25, False, "run at 0.25")
+
+
+def test_a_loss_that_is_no_number_is_none():
+    run, _ = watched(lambda rate: math.nan if rate == 1 else rate)
+    assert search_rate(run, (1.0, 2.0), most=6).losses[1.0] == math.inf
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.000001), (1e-300, 1.0), (1.0, 1e200)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_every_search_ends(rates, sign):
+    run, tried = watched(lambda rate: sign * rate)
+    search_rate(run, rates)
+    assert len(tried) <= 12
 
 
 def test_a_search_that_finds_no_end_says_so():
