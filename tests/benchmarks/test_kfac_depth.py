@@ -112,8 +112,9 @@ def test_a_study_is_gone_on_with_and_drawn(toy_model, toy_batch, tmp_path, monke
     study(*model, toy_batch(), [2, 3], 3, path, model="toy")
     record = json.loads(path.read_text())
     assert record["layers"].keys() == {"2", "3"} and record["layers"]["3"] == first
-    with pytest.raises(InputError, match="another measurement"):
-        study(*model, toy_batch(), [2], 4, path, model="toy")
+    for batch, count in ((toy_batch(), 4), (toy_batch(seed=1), 3)):
+        with pytest.raises(InputError, match="another measurement"):
+            study(*model, batch, [2], count, path, model="toy")
     with pytest.raises(InputError, match=r"must lie in \[2, 3\]"):
         study(*model, toy_batch(), [4], 3, path, model="toy")
     figure = tmp_path / "depth.png"
