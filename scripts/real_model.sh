@@ -16,7 +16,7 @@ it was stopped. Downloads (135 MB) lie in OUT/data/downloads.
 
 Environment:
     STEPS          of fine-tuning                 (default: 60)
-    RATE           learning rate of fine-tuning   (default: 6e-4, which \`auto\` finds for gradot)
+    RATE           learning rate of fine-tuning   (default: 6e-4, what \`gradot compare\` found)
     DATA           a folder that scripts/real_data.sh made, or its like
     MODEL          a checkpoint folder, instead of converting the package's
     GRADOT_PYTHON  an interpreter that has everything: none is set up, nothing is installed
@@ -75,8 +75,7 @@ for method in "${methods[@]}"; do
   once "$run/tuned/adapter" gradot finetune --bundle "$run/bundle" \
     --train "$data/city/train.jsonl" --validation "$data/city/validation.jsonl" \
     --num-steps "${STEPS:-60}" --warmup-steps 10 --b2 0.98 --learning-rate "${RATE:-6e-4}" \
-    --evaluate-every 30 \
-    --out "$run/tuned" --resume
+    --evaluate-every 30 --out "$run/tuned" --resume
   once "$run/plugged" gradot plug-in --model "$model" --adapter "$run/tuned/adapter" \
     --owner "$run/owner" --out "$run/plugged"
   measure "$method-emulator" --bundle "$run/bundle" --adapter "$run/tuned/adapter"

@@ -47,8 +47,7 @@ def main(out: Path, budget: str, methods: list[str]) -> None:
     lines += [
         "",
         "Exact match in percent with the 95 % interval of the test items, one run, budget "
-        f"{budget}; the "
-        f"untuned model: {untuned:.1f}, {likelihood:.2f} nats.",
+        f"{budget}; the untuned model: {untuned:.1f}, {likelihood:.2f} nats.",
     ]
     axis.set_xticks(range(len(methods)), methods)
     axis.set_ylabel("city: exact match, %")

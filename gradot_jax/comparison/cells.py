@@ -86,7 +86,7 @@ class CellStore:
                 if not path.is_file():
                     self._write(path, kind, where, settings, compute)
         # Read back, so that a first run and a resumed one go on with the same numbers.
-        return _restored(self._read(path, settings))
+        return self._read(path, settings)
 
     def _write(self, path, kind, where, settings, compute) -> None:
         began = time.perf_counter()
@@ -98,12 +98,13 @@ class CellStore:
 
     def _read(self, path: Path, settings: Mapping[str, Any]) -> Any:
         try:
-            cell = _restored(read_json(path))
+            cell = read_json(path)
         except InputError as error:
             raise InputError(f"not a cell of a comparison, remove it: {error}") from None
+        cell["result"] = _restored(cell.get("result"))
         if fault := _fault(cell):
             raise InputError(f"{path}: not a cell of a comparison, {fault}; remove it")
-        if cell["settings"] != _restored(json.loads(json.dumps(settings))):
+        if cell["settings"] != json.loads(json.dumps(settings)):
             raise InputError(
                 f"{path}: holds a cell of other settings than its name says; remove it"
             )

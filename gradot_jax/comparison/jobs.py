@@ -73,7 +73,8 @@ def tune(
         metrics_path=curve,
     )
     seconds = time.perf_counter() - began
-    return Tuned(trained.kept, float(trained.loss), trained.step, seconds)  # type: ignore[arg-type]
+    loss = math.inf if trained.loss is None else trained.loss
+    return Tuned(trained.kept, loss, trained.step, seconds)
 
 
 def all_blocks(params: Params) -> SplitModel:
