@@ -18,8 +18,8 @@ from .data.examples import prompt_examples as prompt_examples
 from .data.examples import take as take
 from .data.examples import text_examples as text_examples
 from .data.records import read_records as read_records
+from .data.task_data import load_task as load_task
 from .data.tasks import TASKS as TASKS
-from .data.tasks import load_task as load_task
 from .data.tokenizer import document_start as document_start
 from .data.tokenizer import load_tokenizer as load_tokenizer
 from .demo.corpus import bundled_model as bundled_model

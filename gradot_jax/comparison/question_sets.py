@@ -9,9 +9,11 @@ import numpy as np
 
 from gradot_jax.comparison.testbed import Measure, Task, Testbed
 from gradot_jax.data.examples import eval_batches, take
+from gradot_jax.data.questions import Preset
 from gradot_jax.data.recipe import FineTuning
 from gradot_jax.data.records import ItemRecords, TextRecords
-from gradot_jax.data.tasks import TASKS, Preset, QATask, load_task, task_examples
+from gradot_jax.data.task_data import QATask, load_task, task_examples
+from gradot_jax.data.tasks import TASKS
 from gradot_jax.data.tokenizer import document_start
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.multiple_choice import accepted_match, choice_accuracy, tokenise

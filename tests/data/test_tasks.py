@@ -6,7 +6,8 @@ import pytest
 
 from gradot_jax.data.examples import prompt_examples, text_examples
 from gradot_jax.data.records import Item, Prompt
-from gradot_jax.data.tasks import PUBLISHED_TASKS, TASKS, load_task, task_examples
+from gradot_jax.data.task_data import load_task, task_examples
+from gradot_jax.data.tasks import PUBLISHED_TASKS, TASKS
 from gradot_jax.data.tokenizer import encode
 from gradot_jax.errors import InputError
 
