@@ -1,5 +1,6 @@
 """What the README and the pages in docs say, held against the code and the committed results."""
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
@@ -12,6 +13,12 @@ from benchmarks.targets import RESULTS
 from gradot_jax.comparison.report import report
 from gradot_jax.files.digest import json_digest
 from gradot_jax.files.strict_json import read_json
+from gradot_jax.methods.options import (
+    CompressionOptions,
+    CrashOptions,
+    DistillationOptions,
+    ScaleOTOptions,
+)
 from gradot_jax.methods.table import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +107,24 @@ def test_committed_cells_are_whole_and_name_no_place():
         assert path.stem.endswith(json_digest(cell["settings"])[:12])
         assert cell["environment"]["code"]
         assert "/" not in path.read_text("utf-8")
+
+
+def options_of(recorded):
+    """The options that a cell has on record, as values of today's."""
+    nested = (DistillationOptions, CrashOptions, ScaleOTOptions)
+    known = {field.name: type(field.default) for field in dataclasses.fields(CompressionOptions)}
+    of_name = {name: kind for name, kind in known.items() if kind in nested}
+    values = {n: of_name[n](**v) if n in of_name else v for n, v in recorded.items()}
+    return CompressionOptions(**values)
+
+
+def test_cells_on_record_are_those_that_a_comparison_looks_for():
+    cells = map(read_json, sorted((COMPARISON / "cells").glob("compression-*.json")))
+    recorded = [cell["settings"]["options"] for cell in cells]
+    assert recorded
+    for options in recorded:
+        assert options_of(options).identity == options
+    assert "skip_positions" in CompressionOptions(skip_positions=1).identity
 
 
 def test_speed_in_the_docs_is_that_of_the_committed_results():

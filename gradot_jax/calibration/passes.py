@@ -189,9 +189,11 @@ def _embed(config: ModelConfig, shell: Any, batch: Batch, dtype) -> jax.Array:
 
 
 @cache
-def layer_function(config: ModelConfig, window: int | None = None) -> ApplyLayer:
-    """One function object per configuration and window, so that a pass compiles once for each."""
-    return partial(apply_layer, config, window=window)
+def layer_function(
+    config: ModelConfig, window: int | None = None, skip_positions: int = 0
+) -> ApplyLayer:
+    """One function object per arguments, so that a pass compiles once for each."""
+    return partial(apply_layer, config, window=window, skip_positions=skip_positions)
 
 
 def to_memory(hidden: jax.Array, kind: Literal["device", "pinned_host"]) -> jax.Array:

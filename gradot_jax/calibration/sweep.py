@@ -31,6 +31,7 @@ from gradot_jax.errors import InputError
 from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import Params
 from gradot_jax.models.partition import factor_sharding, place
+from gradot_jax.models.run import counted_tokens
 from gradot_jax.models.split import AdapterSpec
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.dtypes import compute_dtype
@@ -49,8 +50,9 @@ class CalibrationPass(NamedTuple):
         masks: `[S, B, T]`.
         cotangents: at the output of the middle.
         loss: mean next-token loss in nats.
-        num_tokens: real tokens seen, N.
+        num_tokens: tokens that the factors count, N.
         num_sequences: sequences seen.
+        skip_positions: first tokens of each sequence that the factors leave out.
         mesh: where all of it lies.
     """
 
@@ -60,6 +62,7 @@ class CalibrationPass(NamedTuple):
     loss: float
     num_tokens: int
     num_sequences: int
+    skip_positions: int = 0
     mesh: DeviceMesh | None = None
 
 
@@ -71,6 +74,7 @@ def run_forward(
     *,
     fisher: FisherKind = "empirical",
     with_gradient: bool = False,
+    skip_positions: int = 0,
     seed: int = 0,
     mesh: DeviceMesh | None = None,
     dtype: DTypeLike | None = None,
@@ -87,6 +91,9 @@ def run_forward(
         fisher: targets from the text (`empirical`) or sampled from the model (`mc`).
         with_gradient: whether the sweep will take weight gradients; under `mc` this carries the
             cotangents of the true loss as well.
+        skip_positions: first tokens of each sequence that the factors leave out; loss and
+            gradients are of all. Attention parks much of its weight, and a few activations of huge
+            size, on the first one (Xiao et al. 2023, "attention sinks").
         seed: of sampled targets.
         mesh: devices to spread the work over.
         dtype: of the arithmetic, see `nn.dtypes.compute_dtype`.
@@ -95,9 +102,10 @@ def run_forward(
 
     Raises:
         InputError: for a split with inner blocks, without a batch, with batches of unequal
-            shapes, or when the loss is not finite.
+            shapes, when the loss is not finite, or when no token is left to count.
     """
     shell, streams, sequences = _start(config, params, split, batches, mesh, dtype)
+    num_tokens = _count(streams.mask, skip_positions)
     windows = attention_windows(config, params.num_layers)
     boundaries: list[jax.Array] = []
     hidden = streams.hidden
@@ -131,8 +139,9 @@ def run_forward(
             cotangents,
             with_gradient=False,
         )
-    num_tokens = int(streams.mask.sum())
-    return CalibrationPass(boundaries, streams.mask, cotangents, loss, num_tokens, sequences, mesh)
+    return CalibrationPass(
+        boundaries, streams.mask, cotangents, loss, num_tokens, sequences, skip_positions, mesh
+    )
 
 
 def sweep_middle(
@@ -170,7 +179,7 @@ def sweep_middle(
         if layer in wanted:
             taps = _place_taps(zero_taps(block, with_removals=with_removals), mesh)
         sums, cotangents = sweep_layer(
-            layer_function(config, windows[split.num_bottom + layer]),
+            layer_function(config, windows[split.num_bottom + layer], forward_pass.skip_positions),
             block,
             taps,
             to_memory(forward_pass.boundaries.pop(), "device"),
@@ -192,6 +201,7 @@ def sweep_inputs(
     split: AdapterSpec,
     batches: Iterable[Batch],
     *,
+    skip_positions: int = 0,
     mesh: DeviceMesh | None = None,
     dtype: DTypeLike | None = None,
     finished: Collection[int] = (),
@@ -204,12 +214,12 @@ def sweep_inputs(
         (index in the middle, factors by site, of inputs only), from the bottom layer up.
     """
     _, streams, _ = _start(config, params, split, batches, mesh, dtype)
-    hidden, num_tokens = streams.hidden, int(streams.mask.sum())
+    hidden, num_tokens = streams.hidden, _count(streams.mask, skip_positions)
     windows = attention_windows(config, params.num_layers)
     for index in range(params.num_layers - split.num_top):
         block = place_layer(params, index, mesh)
         layer = index - split.num_bottom
-        apply = layer_function(config, windows[index])
+        apply = layer_function(config, windows[index], skip_positions)
         if layer < 0 or layer in finished:
             hidden = forward_layer(apply, block, hidden, streams.mask)
             continue
@@ -226,6 +236,7 @@ def kronecker_factors(
     *,
     fisher: FisherKind = "empirical",
     with_gradient: bool = True,
+    skip_positions: int = 0,
     seed: int = 0,
     mesh: DeviceMesh | None = None,
     dtype: DTypeLike | None = None,
@@ -244,6 +255,7 @@ def kronecker_factors(
         batches,
         fisher=fisher,
         with_gradient=with_gradient,
+        skip_positions=skip_positions,
         seed=seed,
         mesh=mesh,
         dtype=dtype,
@@ -262,6 +274,16 @@ def _start(config, params, split, batches, mesh, dtype) -> tuple[Any, Streams, i
     dtype = compute_dtype(shell.embed_tokens.dtype, dtype)
     sequences = sum(batch.input_ids.shape[0] for batch in batches)
     return shell, embed_batches(config, shell, batches, dtype, mesh), sequences
+
+
+def _count(mask: jax.Array, skip_positions: int) -> int:
+    count = int(counted_tokens(mask, skip_positions).sum())
+    if not count:
+        raise InputError(
+            f"skip_positions {skip_positions} leaves no token of sequences of at most "
+            f"{int(mask.sum(-1).max())} to take factors from"
+        )
+    return count
 
 
 def _place_taps(taps: BlockTaps, mesh: DeviceMesh | None) -> BlockTaps:

@@ -60,7 +60,7 @@ class CompressionCell:
             "cell": "compression",
             "model": bed.model_digest,
             "split": dataclasses.asdict(bed.split),
-            "options": dataclasses.asdict(self._options),
+            "options": self._options.identity,
             "calibration": bed.calibration_digest(case.draw or 0),
             "held_out": bed.held_out_digest,
         }

@@ -64,20 +64,26 @@ tap_input.defvjp(_masked_forward, _tap_input_backward)
 
 
 @jax.custom_vjp
-def tap_output(y: jax.Array, tap: Gram) -> jax.Array:
-    """Returns `y` `[..., D]`; the cotangent of `tap` is `g^T g` of y's cotangent rows."""
-    del tap
+def tap_output(y: jax.Array, tap: Gram, mask: jax.Array | None) -> jax.Array:
+    """Returns `y` `[..., D]`; the cotangent of `tap` is `g^T g` of y's cotangent rows.
+
+    Args:
+        y: `[..., D]`, output of a linear map.
+        tap: zeros, see `zero_gram`.
+        mask: `[...]`, 1 at the tokens that count and 0 elsewhere; None when all count.
+    """
+    del tap, mask
     return y
 
 
-def _tap_output_forward(y, tap):
+def _tap_output_forward(y, tap, mask):
     del tap
-    return y, None
+    return y, mask
 
 
-def _tap_output_backward(_, cotangent):
+def _tap_output_backward(mask, cotangent):
     rows = cotangent.reshape(-1, cotangent.shape[-1])
-    return cotangent, gram(rows)
+    return cotangent, gram(rows, None if mask is None else mask.reshape(-1)), None
 
 
 tap_output.defvjp(_tap_output_forward, _tap_output_backward)
@@ -157,7 +163,7 @@ class TappedMaps(NamedTuple):
         y = linear(getattr(self.block, site), x)
         if self.taps is None or self.taps.outputs is None:
             return y
-        return tap_output(y, self.taps.outputs[site])
+        return tap_output(y, self.taps.outputs[site], self.mask)
 
     def remove(self, x: jax.Array) -> jax.Array:
         """Returns the hidden channels `x` `[B, T, F]`, tapped for their removal."""

@@ -25,6 +25,9 @@ else:
     MethodName = Literal[tuple(METHODS)]
     Asked = Optional
 
+_ADDED = {"skip_positions": 0}
+"""Options that are younger than results on record, with the value that means what was before."""
+
 _FOR_ALL = ("method", "budget", "seed")
 _METHODS_OWN: Any = None
 
@@ -156,6 +159,8 @@ class CompressionOptions:
         compensate_mlp: `refit` fits the map out of the channels on the calibration activations;
             `none` is the paper.
         damping: ridge of the refits, relative to the mean diagonal of the second moment.
+        skip_positions: first tokens of each calibration sequence to leave out of factors and
+            moments; the first one holds a few activations of huge size.
         fisher: targets of the Fisher: the text's own (`empirical`) or sampled (`mc`).
         seed: of all that is drawn: sampled targets, random selection, training.
         distillation: for `offsite-tuning`.
@@ -179,6 +184,7 @@ class CompressionOptions:
     compensate_attention: Asked[AttentionCompensation] = _METHODS_OWN
     compensate_mlp: Asked[MLPCompensation] = _METHODS_OWN
     damping: Asked[float] = _METHODS_OWN
+    skip_positions: Asked[int] = _METHODS_OWN
     fisher: Asked[FisherKind] = _METHODS_OWN
     seed: int = 0
     distillation: DistillationOptions = DistillationOptions()
@@ -230,12 +236,25 @@ class CompressionOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be a whole number, at least 1, got {value!r}")
+        skipped = self.skip_positions
+        if skipped is not None and (type(skipped) is not int or skipped < 0):
+            raise InputError(f"skip_positions must be a whole number, at least 0, got {skipped!r}")
         for name in ("lambda_attention", "lambda_mlp"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, got {value}")
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise InputError(f"damping must be positive and finite, got {self.damping}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell these options from others, also from those of later versions."""
+        values = dataclasses.asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _ADDED or value not in (None, _ADDED[name])
+        }
 
     @property
     def record(self) -> Method:

@@ -231,10 +231,14 @@ def _sweep(
     if options.calibrates == "nothing" or not left:
         return {}, ((layer, None) for layer in left)
     model = problem.config, problem.params, problem.split
-    devices = {"mesh": problem.mesh, "dtype": problem.dtype}
+    on = {
+        "mesh": problem.mesh,
+        "dtype": problem.dtype,
+        "skip_positions": options.skip_positions or 0,
+    }
     if options.calibrates == "inputs":
         record = {"sequences": sum(batch.input_ids.shape[0] for batch in batches)}
-        return record, sweep_inputs(*model, batches, finished=finished, **devices)
+        return record, sweep_inputs(*model, batches, finished=finished, **on)
     forward_pass = run_forward(
         *model,
         batches,
@@ -243,7 +247,7 @@ def _sweep(
         seed=options.seed,
         offload=problem.offload,
         progress=problem.progress,
-        **devices,
+        **on,
     )
     record = {
         "loss": forward_pass.loss,

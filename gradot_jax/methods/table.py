@@ -153,6 +153,7 @@ SCORED = {
     "compensate_attention": "none",
     "compensate_mlp": "none",
     "damping": 1e-4,
+    "skip_positions": 0,
 }
 """Options of every method that scores components and channels."""
 

@@ -50,6 +50,7 @@ def apply_layer(
     mask: jax.Array | None = None,
     taps: BlockTaps | None = None,
     window: int | None = None,
+    skip_positions: int = 0,
 ) -> jax.Array:
     """A decoder block, or what stands in its place, on the residual stream `[B, T, D]`.
 
@@ -60,12 +61,27 @@ def apply_layer(
         mask: `[B, T]`, or None when every token is real.
         taps: zeros whose cotangents are the block's Kronecker factors, summed over tokens.
         window: tokens that attention sees at most, see `ModelConfig.window`.
+        skip_positions: first tokens of each sequence that the taps do not count.
     """
 
     def attend(projected: Projected) -> tuple[jax.Array, None]:
         return causal_attention(*projected, config.num_attention_heads, mask, window), None
 
-    return apply_with_attention(config, layer, hidden, attend, mask=mask, taps=taps)[0]
+    counted = counted_tokens(mask, skip_positions)
+    return apply_with_attention(config, layer, hidden, attend, counted=counted, taps=taps)[0]
+
+
+def counted_tokens(mask: jax.Array | None, skip_positions: int) -> jax.Array | None:
+    """The mask `[..., T]` without the first real tokens of each sequence.
+
+    Raises:
+        ValueError: when some are to be left out and there is no mask.
+    """
+    if not skip_positions:
+        return mask
+    if mask is None:
+        raise ValueError("skip_positions needs a mask")
+    return mask * (jnp.cumsum(mask, axis=-1) > skip_positions).astype(mask.dtype)
 
 
 def apply_with_attention(
@@ -74,18 +90,19 @@ def apply_with_attention(
     hidden: jax.Array,
     attend: Callable[[Projected], tuple[jax.Array, Any]],
     *,
-    mask: jax.Array | None = None,
+    counted: jax.Array | None = None,
     taps: BlockTaps | None = None,
     positions: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """As `apply_layer`, with an attention that gives `[B, T, H K]` and something to return.
 
-    That is None where a layer has no attention. Positions are `[B, T]`, or None for 0..T-1.
+    That is None where a layer has no attention. `counted` is `[B, T]`, 1 at the tokens that the
+    taps count, or None for all; positions are `[B, T]`, or None for 0..T-1.
     """
     layer, hidden = gather_over_data(cast(layer, hidden.dtype)), along_data(hidden)
     if isinstance(layer, Harmonizer):
         return harmonize(layer, hidden), None
-    maps = TappedMaps(layer, mask, taps)
+    maps = TappedMaps(layer, counted, taps)
     mixed, state = attend(config.family.project(config, maps, hidden, positions))
     return along_data(config.family.finish(config, maps, hidden, mixed)), state
 

@@ -17,7 +17,7 @@ TAPS = (zero_input_tap(D), zero_gram(D))
 
 
 def dense_layer(weights, hidden, mask, taps):
-    return tap_output(linear(weights, tap_input(hidden, taps[0], mask)), taps[1])
+    return tap_output(linear(weights, tap_input(hidden, taps[0], mask)), taps[1], mask)
 
 
 def curved_layer(weights, hidden, mask, taps):

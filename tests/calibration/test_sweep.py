@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradot_jax.calibration.sweep import kronecker_factors, run_forward, sweep_middle
+from gradot_jax.calibration.sweep import (
+    kronecker_factors,
+    run_forward,
+    sweep_inputs,
+    sweep_middle,
+)
 from gradot_jax.curvature.tap import zero_taps
 from gradot_jax.errors import InputError
 from gradot_jax.models.opt.block import LAYOUT
@@ -66,8 +71,11 @@ def zero_shifts(params, batch):
     return {name: np.zeros((*lead, getattr(params.segments[0], name).shape[1])) for name in SITES}
 
 
-def captured_tokens(config, params, batch):
-    """What enters each of the middle's sites and the cotangents of what leaves it, real tokens."""
+def captured_tokens(config, params, batch, skip=0):
+    """What enters each of the middle's sites and the cotangents of what leaves it, real tokens.
+
+    Without the first `skip` of each sequence.
+    """
 
     def loss(shifts):
         logits, captured = logits_with_shifts(config, params, batch, shifts)
@@ -77,6 +85,8 @@ def captured_tokens(config, params, batch):
     shifts = zero_shifts(params, batch)
     cotangents, captured = jax.jit(jax.grad(loss, has_aux=True))(shifts)
     real = np.asarray(batch.attention_mask) > 0
+    for row in real:
+        row[np.flatnonzero(row)[:skip]] = False
     return {
         (layer, name): tuple(
             np.asarray(part[name][layer + 1], np.float64)[real] for part in (captured, cotangents)
@@ -86,11 +96,11 @@ def captured_tokens(config, params, batch):
     }
 
 
-def captured_factors(config, params, batch):
+def captured_factors(config, params, batch, skip=0):
     """A, E[x] and G of the middle's sites, from captured arrays multiplied in float64."""
     return {
         site: (x.T @ x / len(x), x.mean(0), g.T @ g / len(x))
-        for site, (x, g) in captured_tokens(config, params, batch).items()
+        for site, (x, g) in captured_tokens(config, params, batch, skip).items()
     }
 
 
@@ -144,6 +154,39 @@ def test_factors_equal_those_of_captured_inputs_and_cotangents(
     batch = toy_batch(seed=2)
     got = without_gradient(swept(config, params, [batch]))
     assert_close(got, captured_factors(config, params, batch), "float32_model")
+
+
+@pytest.mark.parametrize("skip", [1, 3])
+def test_first_positions_are_left_out_of_factors_and_of_nothing_else(
+    skip, toy_model, toy_batch, assert_close
+):
+    config, params = toy_model()
+    batch = toy_batch(seed=2)
+    # Sequences padded in front and behind: their first tokens are not those in the first column.
+    mask = np.array(batch.attention_mask)
+    mask[0, :2] = mask[1, -2:] = 0
+    batch = batch._replace(attention_mask=mask, loss_mask=batch.loss_mask * mask)
+    whole, got = (swept(config, params, [batch], skip_positions=n) for n in (0, skip))
+    expected = captured_factors(config, params, batch, skip)
+    assert_close(without_gradient(got), expected, "float32_model")
+    counted = mask.sum() - skip * len(mask)
+    for layer, sites in got.items():
+        for name, site in sites.items():
+            before = whole[layer][name].gradient.kernel * mask.sum() / counted
+            assert_close(site.gradient.kernel, before, "float32_model")
+    inputs = dict(sweep_inputs(config, params, SPLIT, [batch], skip_positions=skip))
+    for layer, sites in inputs.items():
+        of_inputs = {name: tuple(site)[:2] for name, site in sites.items()}
+        assert_close(of_inputs, {n: expected[layer, n][:2] for n in of_inputs}, "float32_model")
+
+
+def test_skipping_every_position_is_refused(toy_model, batch):
+    config, params = toy_model()
+    most = int(np.asarray(batch.attention_mask).sum(1).max())
+    with pytest.raises(InputError, match=f"skip_positions {most} leaves no token .* {most} "):
+        run_forward(config, params, SPLIT, [batch], skip_positions=most)
+    with pytest.raises(InputError, match="leaves no token"):
+        next(sweep_inputs(config, params, SPLIT, [batch], skip_positions=most))
 
 
 def test_gradients_equal_those_of_the_full_model(toy_model, batch, factors, assert_close):

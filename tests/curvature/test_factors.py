@@ -26,7 +26,7 @@ B = RNG.normal(size=(D_OUT,)).astype(np.float32)
 def tapped_factors(x, g):
     def layer(dense, tap_in, tap_out):
         y = jnp.dot(tap_input(x, tap_in, None), dense.kernel)
-        return tap_output(y + jnp.broadcast_to(dense.bias, y.shape), tap_out)
+        return tap_output(y + jnp.broadcast_to(dense.bias, y.shape), tap_out, None)
 
     taps = zero_input_tap(x.shape[-1]), zero_gram(g.shape[-1])
     gradient, inputs, outputs = jax.vjp(layer, Dense(W, B), *taps)[1](g)

@@ -29,7 +29,7 @@ MASK = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
 
 
 def tapped(w, x, taps, mask=None):
-    return tap_output(jnp.dot(tap_input(x, taps[0], mask), w), taps[1])
+    return tap_output(jnp.dot(tap_input(x, taps[0], mask), w), taps[1], mask)
 
 
 def zero_pair():
@@ -52,7 +52,9 @@ def moments(x, g, weights):
     x, g = x.astype(np.float64).reshape(-1, D_IN), g.astype(np.float64).reshape(-1, D_OUT)
     second = sum(k * np.outer(row, row) for row, k in zip(x, weights.ravel(), strict=True))
     first = sum(k * row for row, k in zip(x, weights.ravel(), strict=True))
-    return (second, first), sum(np.outer(row, row) for row in g)
+    return (second, first), sum(
+        k * np.outer(row, row) for row, k in zip(g, weights.ravel(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "float32", None])
@@ -254,7 +256,12 @@ def test_cotangents_of_a_blocks_taps_are_those_of_its_maps(outputs, removals, as
 
     expected = BlockTaps(
         inputs={"mlp": moments(x), "hidden": moments(hidden)},
-        outputs={"gate": gram(of_gate), "up": gram(of_up), "down": gram(g)} if outputs else None,
+        outputs={
+            site: gram(rows * counted)
+            for site, rows in {"gate": of_gate, "up": of_up, "down": g}.items()
+        }
+        if outputs
+        else None,
         removals=gram(hidden * back * counted) if removals else None,
     )
     assert_close(value, hidden @ down, "float32")

@@ -297,6 +297,8 @@ def test_budget_outside_zero_to_one_is_refused(name, value):
         {"lambda_mlp": float("inf")},
         {"damping": 0.0},
         {"damping": float("nan")},
+        {"skip_positions": -1},
+        {"skip_positions": True},
     ],
 )
 def test_option_out_of_range_is_refused_by_name(option):
