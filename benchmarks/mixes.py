@@ -4,11 +4,11 @@
         --calibration real_data/calibration/documents.jsonl --out mixes
 
 GradOT reduces the rank of attention's maps and the channels of MLPs. A mix names one of both for
-each, with the same scores: components of an MLP's kernels can go as well, and attention has channels
-too. One of values is a feature of a key-value head, with the rows of the output map that read it in
-every query head of the group; one of queries and keys is a rotary pair of features, or a single
-feature where nothing is rotated. Attention's channels are set to zero where they are, since heads
-keep their width; shares count kernels as if they were cut, and none exceeds the budget.
+each, with the same scores: components of an MLP's kernels can go as well, and attention has
+channels too. One of values is a feature of a key-value head, with the rows of the output map that
+read it in every query head of the group; one of queries and keys is a rotary pair of features, or a
+single feature where nothing is rotated. Attention's channels are set to zero where they are, since
+heads keep their width; shares count kernels as if they were cut, and none exceeds the budget.
 
 OUT holds a file for each part that is finished, as `gradot compare` has them, and `result.json`.
 Nothing of this ships: it says which mix to build.
