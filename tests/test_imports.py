@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -122,6 +123,13 @@ def test_imports_run_one_way(folder):
         parts = own_parts(imported(ast.walk(parse(path))))
         forbidden = parts - allowed - shared - {folder}
         assert not forbidden, f"{path.relative_to(PACKAGE)} imports {sorted(forbidden)}"
+
+
+def test_no_decision_is_made_for_the_default_device():
+    # It belongs to the devices that arrays are on, see `nn.platform`.
+    for path in SOURCES:
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"default_backend|devices\([^)]*\)\[0\]\.platform", source), path
 
 
 def test_no_chain_of_imports_is_long():

@@ -32,7 +32,7 @@ def default_algorithm(platform: str) -> Algorithm:
     """What the costs above suggest; `benchmarks.decomposition` measures whether they are right.
 
     Args:
-        platform: `cpu`, `gpu` or `tpu`, as `jax.default_backend` names it.
+        platform: `cpu`, `gpu` or `tpu`, as a device names it.
     """
     defaults: dict[str, Algorithm] = {"cpu": "svd", "tpu": "polar"}
     return defaults.get(platform, "gram")

@@ -74,8 +74,10 @@ def svd(
     """
     chex.assert_rank(matrices, 3)
     if algorithm == "auto":
-        platform = jax.default_backend() if mesh is None else mesh.mesh.devices.flat[0].platform
-        algorithm = default_algorithm(platform)
+        if mesh is None:
+            matrices = jnp.asarray(matrices)
+        devices = matrices.devices() if mesh is None else mesh.mesh.devices.flat
+        algorithm = default_algorithm(next(iter(devices)).platform)
     result, found, finite = over_devices(_decompose_all, matrices, mesh, algorithm)
     check_finite(finite, "matrix {} of {} to decompose")
     failed = np.flatnonzero(~(np.asarray(found.error) <= ERROR_LIMIT))

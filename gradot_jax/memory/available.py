@@ -34,7 +34,7 @@ def available_device_bytes() -> int | None:
 
 def devices_share_host() -> bool:
     """Whether arrays on the devices take memory of the host."""
-    return jax.default_backend() == "cpu"
+    return all(device.platform == "cpu" for device in jax.local_devices())
 
 
 def _system_free(meminfo: Path) -> int | None:

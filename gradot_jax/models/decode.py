@@ -14,7 +14,8 @@ from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import Params, Segment, Shared, depth, get_block
 from gradot_jax.models.partition import gather_over_data
 from gradot_jax.models.run import apply_with_attention, embed, head, runs
-from gradot_jax.nn.attention import Projected, cached_attention, causal_attention
+from gradot_jax.nn.attention import cached_attention, causal_attention
+from gradot_jax.nn.layout import Projected
 
 
 class Cache(NamedTuple):

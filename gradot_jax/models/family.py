@@ -11,8 +11,7 @@ import jax
 from jax.typing import DTypeLike
 
 from gradot_jax.errors import InputError
-from gradot_jax.nn.attention import Projected
-from gradot_jax.nn.layout import Block, Layout
+from gradot_jax.nn.layout import Block, Layout, Projected
 
 if TYPE_CHECKING:
     from gradot_jax.curvature.tap import TappedMaps

@@ -16,10 +16,11 @@ from gradot_jax.curvature.tap import BlockTaps, TappedMaps
 from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import Layer, Params, Segment, Shared, depth, get_block, slice_places
 from gradot_jax.models.partition import gather_over_data, keep_all_but_weights
-from gradot_jax.nn.attention import Projected, causal_attention
+from gradot_jax.nn.attention import causal_attention
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.dtypes import cast
 from gradot_jax.nn.harmonizer import Harmonizer, harmonize
+from gradot_jax.nn.layout import Projected
 from gradot_jax.nn.loss import cross_entropy
 from gradot_jax.parallel import along_data
 

@@ -13,6 +13,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gradot_jax.nn.platform import by_platform
+
 _SPANS = 8
 """Of a long sequence; n spans compute the share (n + 1) / 2n of all pairs."""
 
@@ -27,17 +29,6 @@ _MAX_SCORES_CPU = 2**23
 and where spans, which wait for nothing, may run side by side."""
 
 
-class Projected(NamedTuple):
-    """What attention reads, `[B, T, H K]` and twice `[B, T, G K]`.
-
-    Queries are of H heads, keys and values of G, of which each serves H / G heads in a row.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-
 def causal_attention(
     query: jax.Array,
     key: jax.Array,
@@ -49,8 +40,8 @@ def causal_attention(
     """Softmax attention in which token t sees the unmasked tokens 0..t.
 
     The softmax is taken in float32. A query whose every key is masked (padding) attends evenly
-    to those in sight, so that it stays finite. Which kernel runs is decided as the function is
-    traced, by the default device.
+    to those in sight, so that it stays finite. Which kernel runs is a matter of the devices that
+    the arrays are on.
 
     Args:
         query: `[B, T, H K]`, scaled here by `K^-1/2`.
@@ -67,11 +58,25 @@ def causal_attention(
     batch, length, width = query.shape
     if window is not None and window >= length:
         window = None
-    if _cudnn_takes(query, key, num_heads):
-        heads = (batch, length, -1, width // num_heads)
-        parts = (a.reshape(heads) for a in (query, key, value))
+
+    def spans(most: int, query, key, value, mask) -> jax.Array:
+        return _attention(query, key, value, mask, num_heads, window, most)
+
+    def flash(query, key, value, mask) -> jax.Array:
+        parts = (a.reshape(batch, length, -1, width // num_heads) for a in (query, key, value))
         return _library_attention(*parts, mask, window, "cudnn")
-    return _attention(query, key, value, mask, num_heads, window)
+
+    choices = {}
+    if _fits_cudnn(query, key, num_heads) and cudnn_is_there():
+        choices["cuda"] = flash
+    # Below that nothing is taken in pieces anywhere.
+    if batch * num_heads * _span(length) * length > _MAX_SCORES_CPU:
+        choices["cpu"] = partial(spans, _MAX_SCORES_CPU)
+    return by_platform(partial(spans, MAX_SCORES), (query, key, value, mask), **choices)
+
+
+def _span(length: int) -> int:
+    return max(math.ceil(length / _SPANS), _MIN_SPAN)
 
 
 def _attend_in_spans(
@@ -81,8 +86,9 @@ def _attend_in_spans(
     mask: jax.Array | None,
     num_heads: int,
     window: int | None,
+    most: int,
 ) -> jax.Array:
-    """As `causal_attention`, in any dtype and on any device."""
+    """As `causal_attention`, in any dtype and on any device, with `most` scores at once."""
     batch, length, width = query.shape
     size = width // num_heads
     groups = key.shape[-1] // size
@@ -98,7 +104,7 @@ def _attend_in_spans(
     key, value = (
         a.reshape(batch, length, groups, size).transpose(0, 2, 3, 1) for a in (key, value)
     )
-    step = max(math.ceil(length / _SPANS), _MIN_SPAN)
+    step = _span(length)
     spans = []
     for start in range(0, length, step):
         first = 0 if window is None else max(start - window + 1, 0)
@@ -106,27 +112,28 @@ def _attend_in_spans(
         span = _Span(start - first, shared, window, scale)
         real = None if mask is None else mask[:, seen]
         queries = query[:, :, start * shared : (start + step) * shared]
-        spans.append(_attend_span(queries, key[..., seen], value[..., seen], real, span))
+        spans.append(_attend_span(queries, key[..., seen], value[..., seen], real, span, most))
     mixed = jnp.concatenate(spans, axis=2).reshape(batch, groups, length, -1)
     return mixed.swapaxes(1, 2).reshape(batch, length, width)
 
 
 # A rule of its own, because a policy of rematerialisation around it would keep the scores.
-_attention = jax.custom_vjp(_attend_in_spans, nondiff_argnums=(4, 5))
+_attention = jax.custom_vjp(_attend_in_spans, nondiff_argnums=(4, 5, 6))
 
 
-def _forward(query, key, value, mask, num_heads: int, window: int | None):
-    mixed = _attention(query, key, value, mask, num_heads, window)
+def _forward(query, key, value, mask, *options):
+    mixed = _attention(query, key, value, mask, *options)
     return mixed, (query, key, value, mask)
 
 
-def _backward(num_heads: int, window: int | None, residual, cotangent: jax.Array):
+def _backward(num_heads: int, window: int | None, most: int, residual, cotangent: jax.Array):
     *operands, mask = residual
     batch, length, _ = cotangent.shape
     if batch * num_heads * length**2 > MAX_SCORES:
         # Else the compiler would see that the forward pass had these scores, and keep them.
         operands = jax.lax.optimization_barrier(operands)
-    _, pull = jax.vjp(lambda *qkv: _attend_in_spans(*qkv, mask, num_heads, window), *operands)
+    options = mask, num_heads, window, most
+    _, pull = jax.vjp(lambda *qkv: _attend_in_spans(*qkv, *options), *operands)
     return *pull(cotangent), None
 
 
@@ -150,11 +157,15 @@ class _Span(NamedTuple):
 
 
 def _attend_span(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, span: _Span
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    span: _Span,
+    most: int,
 ) -> jax.Array:
-    """As `_attend`, with at most `MAX_SCORES` scores at once."""
+    """As `_attend`, with at most so many scores at once."""
     batch, groups, rows, width = query.shape
-    most = _MAX_SCORES_CPU if jax.default_backend() == "cpu" else MAX_SCORES
     pieces = min(math.ceil(batch * groups * rows * key.shape[-1] / most), rows)
     if pieces == 1:
         return _attend(query, key, value, mask, 0, span)
@@ -268,14 +279,18 @@ def cached_attention(
     return mixed.reshape(batch, 1, -1)
 
 
-def _cudnn_takes(query: jax.Array, key: jax.Array, num_heads: int) -> bool:
-    """Whether cuDNN's flash attention is there and takes queries and keys of this kind."""
-    if jax.default_backend() != "gpu":
+def cudnn_is_there() -> bool:
+    """Whether this process has NVIDIA GPUs, all of them of a generation that cuDNN's runs on."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
         return False
-    device = jax.local_devices()[0]
-    # Ampere is the first generation that it runs on.
-    if "cuda" not in device.client.platform_version or float(device.compute_capability) < 8:
-        return False
+    # Ampere is the first.
+    return all(float(device.compute_capability) >= 8 for device in devices)
+
+
+def _fits_cudnn(query: jax.Array, key: jax.Array, num_heads: int) -> bool:
+    """Whether cuDNN's flash attention takes queries and keys of this kind."""
     # Gradients with a mask need an even length, and no head may lie on two devices.
     width = query.shape[2] // num_heads
     splits = jax.typeof(query).sharding.mesh.shape.get("model", 1)

@@ -78,6 +78,17 @@ class Block(Protocol):
         ...
 
 
+class Projected(NamedTuple):
+    """What the attention of a block reads, `[B, T, H K]` and twice `[B, T, G K]`.
+
+    Queries are of H heads, keys and values of G, of which each serves H / G heads in a row.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
 def shaped(*sizes: int) -> jax.ShapeDtypeStruct:
     """A float32 array of these sizes as a shape without the array."""
     return jax.ShapeDtypeStruct(sizes, jnp.float32)

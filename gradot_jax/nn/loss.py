@@ -8,11 +8,14 @@ once: they are the largest array of a language model by far.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from gradot_jax.nn.platform import by_platform
 
 MAX_LOGITS = 2**25
 """Logits, in float32, that may be there at once."""
@@ -191,11 +194,27 @@ def _by_pieces(
         key: split for the pieces, if there is one.
     """
     batch, length = weights.shape
-    most = MAX_LOGITS
-    if jax.default_backend() == "cpu":
-        most = max(_MAX_LOGITS_CPU, _MIN_TOKENS_CPU * vocab_size)
-    # Sequences are cut, not the batch, whose rows may lie on several devices.
-    pieces = max(min(math.ceil(batch * length * vocab_size / most), length), 1)
+
+    def pieces_of(most: int) -> int:
+        # Sequences are cut, not the batch, whose rows may lie on several devices.
+        return max(min(math.ceil(batch * length * vocab_size / most), length), 1)
+
+    choices, pieces = {}, pieces_of(MAX_LOGITS)
+    on_cpu = pieces_of(max(_MAX_LOGITS_CPU, _MIN_TOKENS_CPU * vocab_size))
+    if on_cpu != pieces:
+        choices["cpu"] = partial(_in_pieces, compute, on_cpu)
+    return by_platform(partial(_in_pieces, compute, pieces), (weights, arrays, key), **choices)
+
+
+def _in_pieces(
+    compute: Callable[..., tuple[Any, Any]],
+    pieces: int,
+    weights: jax.Array,
+    arrays: tuple[jax.Array, ...],
+    key: jax.Array | None,
+) -> tuple[Any, Any]:
+    """As `_by_pieces`, in so many of them."""
+    batch, length = weights.shape
     size = math.ceil(length / pieces)
     keys = None if key is None else jax.random.split(key, pieces)
     if pieces == 1:

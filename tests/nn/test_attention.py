@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from gradot_jax.nn import attention
 from gradot_jax.nn.attention import cached_attention, causal_attention
+from gradot_jax.parallel import make_mesh
 
 B, T, D, H = 2, 7, 6, 3
 RNG = np.random.default_rng(0)
@@ -209,10 +211,42 @@ def test_scores_of_a_long_sequence_are_never_there_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 8 * 2048**2 * 4 / 2
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the GPU's default device is asked")
-def test_flash_attention_of_gpus_is_not_asked_for_elsewhere():
-    half = jnp.zeros((1, 128, 128), jnp.bfloat16)
-    assert not attention._cudnn_takes(half, half, 2)
+def lowered(platform, dtype=jnp.bfloat16, mesh=None):
+    """The program of attention and its gradient for a platform, from this process."""
+    sharding = None if mesh is None else mesh.batched
+    long = jax.ShapeDtypeStruct((8, 2048, 512), dtype, sharding=sharding)
+
+    def scores_squared(q, k, v):
+        return jnp.square(causal_attention(q, k, v, 8, None).astype(jnp.float32)).sum()
+
+    traced = jax.jit(jax.grad(scores_squared, argnums=(0, 1, 2))).trace(*[long] * 3)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """A process that has cuDNN and GPUs that it runs on, as far as it is asked while tracing."""
+    monkeypatch.setattr(attention, "cudnn_is_there", lambda: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+
+
+def test_each_platform_has_the_attention_that_is_for_it(with_cudnn):
+    programs = {platform: lowered(platform) for platform in ("cpu", "cuda", "tpu")}
+    assert [name for name, text in programs.items() if "__cudnn$fmha" in text] == ["cuda"]
+    # 2^25 scores of the largest span: there at once on a TPU, and in four pieces on a CPU.
+    assert [name for name, text in programs.items() if "stablehlo.while" in text] == ["cpu"]
+    assert "__cudnn$fmha" not in lowered("cuda", jnp.float32)
+
+
+def test_where_the_mesh_says_it_only_its_own_attention_is_traced(with_cudnn, monkeypatch):
+    mesh = make_mesh(data=8)
+    monkeypatch.setattr(attention, "_library_attention", None)
+    assert "stablehlo.while" in lowered("cpu", mesh=mesh)
+
+
+def test_without_gpus_there_is_no_cudnn():
+    assert attention.cudnn_is_there() == (jax.default_backend() == "gpu")
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gradot_jax.curvature.tap import TappedMaps
-from gradot_jax.nn.attention import Projected
 from gradot_jax.nn.dtypes import cast
-from gradot_jax.nn.layout import Channels, Layout, Site, shaped
+from gradot_jax.nn.layout import Channels, Layout, Projected, Site, shaped
 from gradot_jax.nn.linear import Dense, Linear
 from gradot_jax.nn.norm import RMSNorm, rms_norm
 from gradot_jax.nn.rotary import rotate
