@@ -179,12 +179,13 @@ def embed_batches(
     if len(shapes) > 1:
         raise InputError(f"batches must have one shape, got {shapes}")
     placed = [place_batch(batch, mesh) for batch in batches]
-    hidden = [_embed(config, shell, batch, jnp.dtype(dtype)) for batch in placed]
+    hidden = [embed_batch(config, shell, batch, jnp.dtype(dtype)) for batch in placed]
     return Streams(placed, jnp.stack(hidden), jnp.stack([b.attention_mask for b in placed]))
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
-def _embed(config: ModelConfig, shell: Any, batch: Batch, dtype) -> jax.Array:
+def embed_batch(config: ModelConfig, shell: Any, batch: Batch, dtype) -> jax.Array:
+    """The stream before the first layer, `[B, T, D]`."""
     return embed(config, shell, batch.input_ids, batch.attention_mask, dtype)
 
 
@@ -224,7 +225,7 @@ def head_cotangents(
     total = counted = 0.0
     for index, batch in enumerate(streams.batches):
         key = jax.random.fold_in(jax.random.key(seed), index) if sample else None
-        (loss, count), (of_text, of_draw) = _head_of_batch(
+        (loss, count), (of_text, of_draw) = head_of_batch(
             config, shell, streams.hidden[index], batch, key, true_too
         )
         true.append(of_text)
@@ -235,9 +236,10 @@ def head_cotangents(
 
 
 @partial(jax.jit, static_argnames=("config", "true_too"))
-def _head_of_batch(
+def head_of_batch(
     config: ModelConfig, shell: Any, hidden: jax.Array, batch: Batch, key, true_too: bool
 ):
+    """(loss, targets) of a batch, and cotangents of the text's and of drawn targets, or None."""
     (rows, kernel), pull = jax.vjp(partial(head_operands, config, shell), hidden)
     weights = batch.loss_mask.astype(jnp.float32)
     sums = loss_cotangents(

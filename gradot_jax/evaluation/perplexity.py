@@ -12,7 +12,7 @@ from gradot_jax.models.params import Params
 from gradot_jax.models.run import summed_loss
 from gradot_jax.nn.batch import Batch
 
-_summed_loss = jax.jit(summed_loss, static_argnames="config")
+jitted_loss = jax.jit(summed_loss, static_argnames="config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def perplexity(config: ModelConfig, params: Params, batches: Iterable[Batch]) ->
     """
     total, count = 0.0, 0
     for batch in batches:
-        loss, tokens = _summed_loss(config, params, batch)
+        loss, tokens = jitted_loss(config, params, batch)
         total += float(loss)
         count += int(tokens)
     if not count:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 
 from gradot_jax.parallel import DeviceMesh, put, to_host
 
@@ -41,6 +41,34 @@ def over_devices(
         return put(_over_processes(function, to_host(batch), options), mesh.replicated)
     padded, count = _filled_up(batch, mesh.mesh.size)
     return _spread(function, put(padded, mesh.sharding(_DEVICES)), mesh, count, options)
+
+
+def one_program(
+    function: Callable[..., Any],
+    batch: Any,
+    mesh: DeviceMesh | None,
+    alone: Sharding,
+    *options: Any,
+) -> tuple[Any, tuple]:
+    """The jitted function that `over_devices` runs, and its arguments, from shapes alone.
+
+    Args:
+        function: as in `over_devices`.
+        batch: tree of shapes `[N, ...]`.
+        mesh: as in `over_devices`.
+        alone: where the batch lies without a mesh.
+        *options: hashable.
+    """
+    if mesh is None or mesh.mesh.devices.flat[0].platform == "cpu":
+        return _alone, (function, _on(batch, alone), options)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    room = count + -count % mesh.mesh.size
+    padded = jax.tree.map(lambda s: jax.ShapeDtypeStruct((room, *s.shape[1:]), s.dtype), batch)
+    return _spread, (function, _on(padded, mesh.sharding(_DEVICES)), mesh, count, options)
+
+
+def _on(tree: Any, sharding: Sharding) -> Any:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
 
 def _over_processes(function, batch, options):

@@ -78,7 +78,7 @@ def svd(
             matrices = jnp.asarray(matrices)
         devices = matrices.devices() if mesh is None else mesh.mesh.devices.flat
         algorithm = default_algorithm(next(iter(devices)).platform)
-    result, found, finite = over_devices(_decompose_all, matrices, mesh, algorithm)
+    result, found, finite = over_devices(decompose_all, matrices, mesh, algorithm)
     check_finite(finite, "matrix {} of {} to decompose")
     failed = np.flatnonzero(~(np.asarray(found.error) <= ERROR_LIMIT))
     if failed.size:
@@ -115,7 +115,8 @@ def reconstruct(decomposition: SVD) -> jax.Array:
     return _product("...ik,...ok->...io", left, decomposition.right)
 
 
-def _decompose_all(matrices: jax.Array, algorithm: Algorithm) -> tuple[SVD, Quality, jax.Array]:
+def decompose_all(matrices: jax.Array, algorithm: Algorithm) -> tuple[SVD, Quality, jax.Array]:
+    """Components `[N, ...]`, how good they are, and whether each matrix is finite, `[N]`."""
     matrices = matrices.astype(jnp.float32)
     finite = jnp.isfinite(matrices).all((-2, -1))
     matrices = jnp.where(finite[:, None, None], matrices, 0)

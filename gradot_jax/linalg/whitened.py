@@ -56,19 +56,19 @@ def whitened_svd(
         chex.assert_shape(output_moments, (count, d_out, d_out))
     root = _root(input_moments, damping, mesh)
     right = None if output_moments is None else _root(output_moments, damping, mesh)
-    rotated, whitened = over_devices(_whiten, (kernels, root, right), mesh)
+    rotated, whitened = over_devices(whiten, (kernels, root, right), mesh)
     decomposition = svd(whitened, mesh=mesh)
-    return over_devices(_map_back, _Whitened(kernels, rotated, root, decomposition), mesh)
+    return over_devices(map_back, Whitened(kernels, rotated, root, decomposition), mesh)
 
 
 def _root(moments: jax.Array, damping: float, mesh: DeviceMesh | None) -> jax.Array:
     """P, checked; so it is there before any other decomposition begins."""
-    root, finite = over_devices(_decompose_moments, moments, mesh, damping)
+    root, finite = over_devices(decompose_moments, moments, mesh, damping)
     check_finite(finite, "second moment {} of {} to whiten with")
     return root
 
 
-def _whiten(batch) -> tuple[jax.Array, jax.Array]:
+def whiten(batch) -> tuple[jax.Array, jax.Array]:
     """W Q and P^T W Q."""
     kernels, root, right = batch
     rotated = kernels.astype(jnp.float32)
@@ -77,7 +77,7 @@ def _whiten(batch) -> tuple[jax.Array, jax.Array]:
     return rotated, _matmul(jnp.swapaxes(root, 1, 2), rotated)
 
 
-class _Whitened(NamedTuple):
+class Whitened(NamedTuple):
     """Kernels W, W Q, the root P of the inputs, and the decomposition of P^T W Q."""
 
     kernels: jax.Array
@@ -86,7 +86,8 @@ class _Whitened(NamedTuple):
     decomposition: SVD
 
 
-def _map_back(whitened: _Whitened) -> SVD:
+def map_back(whitened: Whitened) -> SVD:
+    """Components of the kernels from those of `P^T W Q`."""
     # P^-T u = W Q v / s and Q^-T v = W^T P u / s need no inverse of an ill-conditioned root.
     u, s, v = whitened.decomposition
     noise = s[:, :1] * max(whitened.kernels.shape[1:]) * jnp.finfo(s.dtype).eps
@@ -96,7 +97,7 @@ def _map_back(whitened: _Whitened) -> SVD:
     return SVD(left, s, _matmul(transposed, _matmul(whitened.root, u)) * inverse)
 
 
-def _decompose_moments(moments: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+def decompose_moments(moments: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     """P with `P P^T = A + ridge I`, `[N, D, D]`, and whether A is finite, `[N]`."""
     moments = moments.astype(jnp.float32)
     finite = jnp.isfinite(moments).all((-2, -1))

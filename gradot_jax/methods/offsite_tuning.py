@@ -21,7 +21,7 @@ import optax
 
 from gradot_jax.files.digest import tree_digest
 from gradot_jax.methods import layer_drop
-from gradot_jax.methods.options import CompressionOptions
+from gradot_jax.methods.options import CompressionOptions, DistillationOptions
 from gradot_jax.methods.problem import Outcome, Problem
 from gradot_jax.methods.table import Stored
 from gradot_jax.models.family import ModelConfig, config_identity
@@ -143,7 +143,7 @@ def distillation_sums(
 @functools.partial(
     jax.jit, static_argnames=("config", "optimizer", "weights", "mesh"), donate_argnames=("state",)
 )
-def _distillation_step(
+def distillation_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     state: DistillationState,
@@ -153,6 +153,8 @@ def _distillation_step(
     *,
     mesh: DeviceMesh | None,
 ) -> tuple[DistillationState, StepMetrics]:
+    """One step on one batch; `state` is donated, and `weights` are of next tokens and error."""
+
     def loss_of(student: Block) -> jax.Array:
         sums = distillation_sums(config, student, original, batch)
         losses = zip(weights, (sums.lm_loss, sums.normalised_error), strict=True)
@@ -165,6 +167,17 @@ def _distillation_step(
     return state, StepMetrics(loss, optax.tree.norm(gradient), rate)
 
 
+def distillation_optimizer(options: DistillationOptions) -> optax.GradientTransformation:
+    """Of the student."""
+    return shared_optimizer(
+        learning_rate=options.learning_rate,
+        num_steps=options.steps,
+        warmup_steps=options.warmup_steps,
+        schedule="cosine",
+        weight_decay=options.weight_decay,
+    )
+
+
 def _distil(
     problem: Problem,
     student: Block,
@@ -173,20 +186,14 @@ def _distil(
     held_out: Sequence[Batch],
 ) -> Trained:
     config, mesh, options = problem.config, problem.mesh, problem.options.distillation
-    optimizer = shared_optimizer(
-        learning_rate=options.learning_rate,
-        num_steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        schedule="cosine",
-        weight_decay=options.weight_decay,
-    )
+    optimizer = distillation_optimizer(options)
     copy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), student)
     state = place(DistillationState(copy, optimizer.init(copy)), mesh)
     weights = options.lm_weight, options.kd_weight
 
     def step(state, batch):
         placed = place_batch(batch, mesh)
-        return _distillation_step(config, optimizer, state, original, placed, weights, mesh=mesh)
+        return distillation_step(config, optimizer, state, original, placed, weights, mesh=mesh)
 
     def validate(state) -> float:
         return _measure(config, original, held_out, mesh, state.student)["lm_loss"]
@@ -217,12 +224,12 @@ def _measure(
     student: Block,
 ) -> dict[str, float]:
     """Both losses over several batches."""
-    sums = [_sums(config, student, original, place_batch(batch, mesh)) for batch in batches]
+    sums = [jitted_sums(config, student, original, place_batch(batch, mesh)) for batch in batches]
     total = DistillationSums(*(sum(map(float, part)) for part in zip(*sums, strict=True)))
     return {"normalised_error": total.normalised_error, "lm_loss": total.lm_loss}
 
 
-_sums = jax.jit(distillation_sums, static_argnames=("config",))
+jitted_sums = jax.jit(distillation_sums, static_argnames=("config",))
 
 
 def _identity(problem: Problem) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def plain_svd(
     return svd(kernels, mesh=mesh)
 
 
-_stack_on_device = jax.jit(stack, static_argnames=("keys",))
-_unstack_on_device = jax.jit(unstack, static_argnames=("keys",))
+stack_on_device = jax.jit(stack, static_argnames=("keys",))
+unstack_on_device = jax.jit(unstack, static_argnames=("keys",))
 
 
 def decompose_layers(
@@ -120,9 +120,9 @@ def decompose_layers(
         together = None
         if factors[0] is not None:
             known = {(i, site): required(factors[i], "a group")[site] for i, site in group}
-            together = _stack_on_device(known, group)
+            together = stack_on_device(known, group)
         svds = rule.decompose(stack(kernels, group), together, mesh)
-        found |= _unstack_on_device(svds, group)
+        found |= unstack_on_device(svds, group)
     return [{site: found[layer, site] for site in low_rank} for layer in range(len(blocks))]
 
 

@@ -202,6 +202,19 @@ def receive(
     )
 
 
+def verified_manifest(path: str | Path) -> BundleManifest:
+    """The manifest of a bundle whose files are all as it says; no array of them is read.
+
+    Raises:
+        InputError: as `receive`, but for what is wrong with the tensors themselves.
+    """
+    folder = Path(path)
+    manifest, _ = read_bundle_manifest(folder)
+    with verified_folder(folder, manifest.files, _limits(manifest)):
+        _check_tokenizer(folder, manifest)
+    return manifest
+
+
 def read_bundle_manifest(folder: Path) -> tuple[BundleManifest, str]:
     """A bundle's manifest and its SHA-256, the bundle's digest; no other file is looked at.
 

@@ -64,13 +64,18 @@ def init_training(
 
     The state shares no memory with the emulator, so that it may be donated.
     """
-    middle, inner_after = _few_stacks(emulator)
-    frozen = cast(Frozen(emulator.shell, middle, inner_after), compute_dtype)
+    frozen = frozen_part(emulator, compute_dtype)
     adapter = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), emulator.adapter)
     # Moments are made where the masters lie, so that no device has them all.
     adapter = place(adapter, mesh)
     state = TrainState(adapter, place(optimizer.init(adapter), mesh))
     return place(frozen, mesh), state
+
+
+def frozen_part(model: SplitModel, compute_dtype: DTypeLike) -> Frozen:
+    """What of a model is not trained, not placed yet."""
+    middle, inner_after = _few_stacks(model)
+    return cast(Frozen(model.shell, middle, inner_after), compute_dtype)
 
 
 def _few_stacks(model: SplitModel) -> tuple[tuple[Segment, ...], tuple[int, ...]]:

@@ -29,10 +29,10 @@ def test_perplexity_is_exp_of_the_mean_loss_whatever_the_batches(
 
 
 def test_evaluation_compiles_once_though_the_last_batch_is_short(config, params, examples):
-    before = module._summed_loss._cache_size()
+    before = module.jitted_loss._cache_size()
     perplexity(config, params, eval_batches(examples, 3))
     perplexity(config, params, eval_batches(examples, 3))
-    assert module._summed_loss._cache_size() == before + 1
+    assert module.jitted_loss._cache_size() == before + 1
 
 
 def test_a_diverged_model_has_infinite_perplexity(config, params, examples):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gradot_jax.linalg.spread import over_devices
-from gradot_jax.linalg.svd import SVD, _decompose_all, quality, reconstruct, svd
+from gradot_jax.linalg.svd import SVD, decompose_all, quality, reconstruct, svd
 from gradot_jax.parallel import make_mesh
 
 module = importlib.import_module("gradot_jax.linalg.svd")
@@ -135,6 +135,6 @@ def test_quality_sees_what_is_wrong():
 
 
 def test_compiles_once_for_all_matrices_of_a_shape():
-    program = chex.assert_max_traces(_decompose_all, n=1)
+    program = chex.assert_max_traces(decompose_all, n=1)
     for seed in range(3):
         over_devices(program, random((7, 5), seed=seed), make_mesh(2, 2), "gram")

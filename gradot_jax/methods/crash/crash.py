@@ -172,7 +172,9 @@ def pooled_hidden_states(problem: Problem) -> jax.Array:
     parts, count = [], 0
     for batch in track(problem.batches, "hidden states", enabled=problem.progress):
         batch = place_batch(batch, problem.mesh)
-        pooled = _pooled(problem.config, problem.params, batch.input_ids, batch.attention_mask)
+        pooled = pooled_states(
+            problem.config, problem.params, batch.input_ids, batch.attention_mask
+        )
         mask, pooled = to_host((batch.attention_mask, pooled))
         rows = np.flatnonzero(mask.any(1))[: MAX_SEQUENCES - count]
         parts.append(pooled[:, rows])
@@ -185,7 +187,7 @@ def pooled_hidden_states(problem: Problem) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="config")
-def _pooled(
+def pooled_states(
     config: ModelConfig, params: Params, input_ids: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """`[L, B, D]`; rows without a token are zero."""

@@ -161,6 +161,16 @@ def replace_step(
     return ReplaceState(harmonizers, optimizer_state, *rest), metrics
 
 
+def harmonizer_optimizer(options: ScaleOTOptions) -> optax.GradientTransformation:
+    """Of the harmonizers."""
+    return shared_optimizer(
+        learning_rate=options.learning_rate,
+        num_steps=options.steps,
+        schedule="constant",
+        weight_decay=WEIGHT_DECAY,
+    )
+
+
 def train_harmonizers(
     problem: Problem, model: Params, training: Sequence[Batch], validation: Sequence[Batch]
 ) -> tuple[Harmonizer, np.ndarray]:
@@ -182,12 +192,7 @@ def train_harmonizers(
         Interrupted: when a signal stopped the training; its state is saved.
     """
     config, mesh, options = problem.config, problem.mesh, problem.options.scaleot
-    optimizer = shared_optimizer(
-        learning_rate=options.learning_rate,
-        num_steps=options.steps,
-        schedule="constant",
-        weight_decay=WEIGHT_DECAY,
-    )
+    optimizer = harmonizer_optimizer(options)
     text = _stacked([batch for batch in validation if np.any(batch.loss_mask)], mesh)
 
     def step(state: ReplaceState, batch: Batch) -> tuple[ReplaceState, StepMetrics]:
@@ -257,11 +262,11 @@ def mean_network_loss(
     Arguments as in `summed_network_loss`.
     """
     sums = [
-        _jitted_network_loss(config, model, harmonizers, raw, place_batch(batch, mesh))
+        jitted_network_loss(config, model, harmonizers, raw, place_batch(batch, mesh))
         for batch in batches
     ]
     total, count = (sum(map(float, part)) for part in zip(*sums, strict=True))
     return total / count
 
 
-_jitted_network_loss = jax.jit(summed_network_loss, static_argnames=("config",))
+jitted_network_loss = jax.jit(summed_network_loss, static_argnames=("config",))

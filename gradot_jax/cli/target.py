@@ -1,0 +1,91 @@
+"""`--dry-run --target`: whether a run fits chips that are not here, by their own compiler."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gradot_jax.cli.common import say
+from gradot_jax.cli.forecast import line, mebibytes
+from gradot_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gradot_jax.programs.compiled import Compiled
+    from gradot_jax.programs.program import Place, Program
+    from gradot_jax.programs.target import Target
+
+_COLUMNS = ("args", "out", "alias", "temp", "code", "beside", "peak")
+
+
+def place_on(target: "Target", mesh: tuple[int, int] | None) -> "Place":
+    """The target's devices in a mesh; all of them along the batch where none is asked for.
+
+    Raises:
+        InputError: where the mesh needs more than there are, or there is no compiler.
+    """
+    from gradot_jax.programs.program import mesh_of
+    from gradot_jax.programs.target import target_devices
+
+    data, model = mesh or (target.count, 1)
+    if data * model > target.count:
+        raise InputError(
+            f"a mesh of data={data} x model={model} needs {data * model} devices, "
+            f"{target.name} has {target.count}"
+        )
+    return mesh_of(target_devices(target), data, model)
+
+
+def say_whether_it_fits(
+    target: "Target", place: "Place", programs: "Sequence[Program]", helps: Sequence[str]
+) -> None:
+    """Compiles the programs of a run and prints what they take of each device.
+
+    Args:
+        target: what they are compiled for.
+        place: its devices.
+        programs: of the run.
+        helps: options of the command that make it need less.
+    """
+    from gradot_jax.programs.compiled import compile_programs, peak_of, run_peak
+
+    found = []
+    for index, program in enumerate(programs, 1):
+        say(f"compiling {index} of {len(programs)}: {program.name}", to=sys.stderr)
+        ((_, compiled, _),) = compile_programs([program], place.platform)
+        found.append(compiled)
+    say(*_table(found))
+    worst, peak, memory = peak_of(found), run_peak(found), target.chip.memory
+    share = peak / memory
+    say(
+        "",
+        line("compiled for", f"{target.name}, {_mesh(place)}; nothing was run"),
+        line("at the peak", f"{mebibytes(peak)} of {mebibytes(memory)} a device ({share:.0%})"),
+        line("there", f"{worst.name}, and all programs loaded"),
+        line(
+            "at least",
+            f"{sum(c.least_seconds(target) for c in found):.3g} s: products and arrays over "
+            "published peaks, a lower bound",
+        ),
+    )
+    if target.num_hosts > 1:
+        say(line("hosts", f"{target.num_hosts}, each with {target.chip.host} of the chips"))
+    if share > 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in helps)
+        say(f"it does not fit: {options} make it need less, and so do more or larger chips")
+
+
+def _mesh(place: "Place") -> str:
+    if place.mesh is None:
+        return "one device"
+    sizes = place.mesh.mesh.shape
+    return f"data={sizes['data']} x model={sizes['model']}"
+
+
+def _table(found: "Sequence[Compiled]") -> list[str]:
+    width = max(len(compiled.name) for compiled in found)
+    head = "".join(f"{name:>9}" for name in _COLUMNS)
+    lines = [f"{'MiB of each device':<{width}}{head}{'times':>7}"]
+    for c in found:
+        sizes = (c.arguments, c.outputs, c.aliases, c.temporaries, c.code, c.beside, c.peak)
+        cells = "".join(f"{size / 2**20:>9,.1f}" for size in sizes)
+        lines.append(f"{c.name:<{width}}{cells}{c.times:>7}")
+    return lines

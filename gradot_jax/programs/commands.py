@@ -1,0 +1,54 @@
+"""The programs of a command of the pipeline."""
+
+import jax
+from jax.typing import DTypeLike
+
+from gradot_jax.compression.plan import EmulatorSpec
+from gradot_jax.models.family import ModelConfig
+from gradot_jax.models.params import model_shapes
+from gradot_jax.models.split import AdapterSpec, adapter_of
+from gradot_jax.models.tensors import layer_shapes
+from gradot_jax.offsite.emulator import Emulator, build_emulator
+from gradot_jax.programs.compression import Run, comparison_programs, scoring_programs
+from gradot_jax.programs.program import Program
+from gradot_jax.programs.trained import (
+    distillation_programs,
+    harmonizer_programs,
+    similarity_programs,
+)
+
+
+def compression_programs(run: Run) -> list[Program]:
+    """Those of `gradot compress`: the method's own, then the comparison of gradients."""
+    method = run.options.record
+    if method.scores:
+        own = scoring_programs(run)
+    elif "distillation" in method.options:
+        own = distillation_programs(run)
+    elif "scaleot" in method.options:
+        own = harmonizer_programs(run)
+    elif "crash" in method.options:
+        own = similarity_programs(run)
+    else:
+        own = iter(())
+    return [*own, *comparison_programs(run)]
+
+
+def emulator_shapes(
+    config: ModelConfig, split: AdapterSpec, spec: EmulatorSpec, dtype: DTypeLike
+) -> Emulator:
+    """An emulator as shapes, from what ships of its plan.
+
+    Args:
+        config: of the full model.
+        split: of the adapter.
+        spec: of the emulator.
+        dtype: of all arrays.
+    """
+    layers = [layer_shapes(config, shape) for shape in spec.shapes]
+    layers = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), layers)
+
+    def build(model, layers) -> Emulator:
+        return build_emulator(model.shell, adapter_of(model, split), layers, spec.layer_map)
+
+    return jax.eval_shape(build, model_shapes(config, dtype), layers)

@@ -1,0 +1,108 @@
+"""What a compiler says of programs, and what a run of them takes of a chip."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from gradot_jax.programs.cost import product_flops
+from gradot_jax.programs.program import Program
+from gradot_jax.programs.target import Target
+
+_GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+"""Autotuning times kernels, and there is nothing to time them on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A program as it was compiled; bytes are of each device.
+
+    Attributes:
+        name: of the program.
+        times: how often a run has it.
+        arguments: bytes.
+        outputs: bytes.
+        aliases: bytes of outputs that lie where arguments lay.
+        temporaries: bytes.
+        code: bytes of the program itself.
+        beside: bytes that lie on the device meanwhile and are not its arguments.
+        flops: of its matrix products, over all devices.
+        seconds: that compiling took.
+    """
+
+    name: str
+    times: int
+    arguments: int
+    outputs: int
+    aliases: int
+    temporaries: int
+    code: int
+    beside: int
+    flops: int
+    seconds: float
+
+    @property
+    def own(self) -> int:
+        """Bytes that the program takes, its arguments among them."""
+        return self.arguments + self.outputs - self.aliases + self.temporaries + self.code
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device while it runs."""
+        return self.own + self.beside
+
+    def least_seconds(self, target: Target) -> float:
+        """A lower bound of the time that all its runs take: see `programs.cost`."""
+        chip = target.chip
+        moved = self.arguments + self.outputs - self.aliases
+        products = self.flops / (target.count * chip.flops)
+        return self.times * max(products, moved / chip.bandwidth)
+
+
+def compile_programs(
+    programs: Iterable[Program], platform: str
+) -> Iterator[tuple[Program, Compiled, Any]]:
+    """Compiles programs one after the other.
+
+    Args:
+        programs: on devices of the platform.
+        platform: as `lowering_platforms` names it.
+
+    Yields:
+        The program, what is known of it, and JAX's own `Compiled`.
+    """
+    options = _GPU_OPTIONS if platform == "cuda" else None
+    for program in programs:
+        began = time.perf_counter()
+        traced = program.trace()
+        lowered = traced.lower(lowering_platforms=(platform,))
+        executable = lowered.compile(compiler_options=options)
+        memory = executable.memory_analysis()
+        yield (
+            program,
+            Compiled(
+                name=program.name,
+                times=program.times,
+                arguments=memory.argument_size_in_bytes,
+                outputs=memory.output_size_in_bytes,
+                aliases=memory.alias_size_in_bytes,
+                temporaries=memory.temp_size_in_bytes,
+                code=memory.generated_code_size_in_bytes,
+                beside=program.beside_bytes,
+                flops=product_flops(traced.jaxpr.jaxpr),
+                seconds=time.perf_counter() - began,
+            ),
+            executable,
+        )
+
+
+def peak_of(found: Sequence[Compiled]) -> Compiled:
+    """The program at which the devices hold most."""
+    return max(found, key=lambda compiled: compiled.peak)
+
+
+def run_peak(found: Sequence[Compiled]) -> int:
+    """Bytes of a device at the peak of a run: programs stay loaded once they have been."""
+    code = sum(compiled.code for compiled in found)
+    worst = peak_of(found)
+    return worst.peak - worst.code + code

@@ -1,0 +1,464 @@
+"""The programs of a compression: its calibration, its scores, and the comparison of gradients."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gradot_jax.calibration.passes import (
+    Cotangents,
+    LayerSums,
+    embed_batch,
+    forward_layer,
+    head_of_batch,
+    input_moments,
+    layer_function,
+    sweep_layer,
+)
+from gradot_jax.compression.score import LayerTerms, ScoreTerms, by_shape
+from gradot_jax.curvature.factors import KroneckerFactors, normalise
+from gradot_jax.curvature.tap import zero_taps
+from gradot_jax.linalg.decomposition import default_algorithm
+from gradot_jax.linalg.spread import one_program
+from gradot_jax.linalg.svd import SVD, decompose_all
+from gradot_jax.linalg.whitened import Whitened, decompose_moments, map_back, whiten
+from gradot_jax.methods.activation_svd import activation_terms
+from gradot_jax.methods.allocation import lambdas, layer_orders, layer_pools, uniform_layer_counts
+from gradot_jax.methods.gradot import gradot_rule
+from gradot_jax.methods.magnitude import magnitude_terms
+from gradot_jax.methods.options import CompressionOptions
+from gradot_jax.methods.scored import WHITENING_DAMPING, stack_on_device, unstack_on_device
+from gradot_jax.models.family import ModelConfig, attention_windows, channel_count
+from gradot_jax.models.params import get_block, model_shapes
+from gradot_jax.models.split import AdapterSpec
+from gradot_jax.models.tensors import layer_shapes
+from gradot_jax.nn.layout import maps
+from gradot_jax.programs.program import Place, Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A compression, as far as its programs depend on it.
+
+    Attributes:
+        config: of the model.
+        split: blocks of the adapter.
+        options: how to compress.
+        place: where it runs.
+        stored: dtype of the checkpoint.
+        dtype: of the arithmetic.
+        batch_size: rows of a calibration batch.
+        num_batches: of the calibration.
+        length: tokens of a row.
+        held_out: batches on which gradients are compared.
+        offload: whether boundaries are kept on the host.
+    """
+
+    config: ModelConfig
+    split: AdapterSpec
+    options: CompressionOptions
+    place: Place
+    stored: DTypeLike
+    dtype: DTypeLike
+    batch_size: int
+    num_batches: int
+    length: int
+    held_out: int = 2
+    offload: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self.config.num_hidden_layers
+
+    @property
+    def num_middle(self) -> int:
+        """Layers of the middle."""
+        return self.num_layers - self.split.num_blocks
+
+    @property
+    def shapes(self) -> Any:
+        """The model as stored."""
+        return model_shapes(self.config, self.stored)
+
+    @property
+    def shell(self) -> Any:
+        """Embeddings, final norm and head, placed."""
+        return self.place.params(self.shapes.shell)
+
+    @property
+    def block(self) -> Any:
+        """One block, as stored, not placed."""
+        return jax.eval_shape(lambda blocks: get_block(blocks, 0), self.shapes.segments[0])
+
+    @property
+    def batch(self) -> Any:
+        """A batch, placed."""
+        return self.place.batch(self.batch_size, self.length)
+
+    def stream(self, batches: int) -> Any:
+        """Residual streams of so many batches, `[S, B, T, D]`."""
+        shape = (batches, self.batch_size, self.length, self.config.hidden_size)
+        return self.place.array(shape, self.dtype, None, "data")
+
+    def mask(self, batches: int) -> Any:
+        """Which tokens are real, `[S, B, T]`."""
+        shape = (batches, self.batch_size, self.length)
+        return self.place.array(shape, jnp.int32, None, "data")
+
+    def apply(self, skip_positions: int = 0) -> Any:
+        """The function of a layer, with the widest window that there is."""
+        windows = attention_windows(self.config, self.num_layers)
+        widest = None if None in windows else max(w for w in windows if w is not None)
+        return layer_function(self.config, widest, skip_positions)
+
+    @property
+    def boundaries(self) -> tuple:
+        """Streams before each layer above the bottom, on the devices, but for one layer's."""
+        count = 0 if self.offload else self.num_layers - self.split.num_bottom - 1
+        return (self.stream(self.num_batches),) * count
+
+
+def scoring_programs(run: Run) -> Iterator[Program]:
+    """Those of a method that scores every layer, `methods.scored.shrink_layers`."""
+    options = run.options
+    if options.calibrates == "factors":
+        yield from _calibration(run)
+    elif options.calibrates == "inputs":
+        yield from _input_pass(run)
+    yield from _decompositions(run)
+    yield from _scores(run)
+
+
+def _calibration(run: Run) -> Iterator[Program]:
+    place, options, count = run.place, run.options, run.num_batches
+    layer, stream, mask = place.params(run.block), run.stream(count), run.mask(count)
+    one = jax.tree.map(lambda leaf: leaf, run.stream(1))
+    hidden = place.array(one.shape[1:], run.dtype, "data")
+    true_too = options.fisher == "mc" and options.reads_gradient
+    text = run.batch
+    yield Program(
+        name="embedding",
+        function=embed_batch,
+        args=(run.config, run.shell, text, jnp.dtype(run.dtype)),
+        times=count,
+    )
+    yield Program(
+        name="calibration forward, one layer",
+        function=forward_layer,
+        args=(run.apply(), layer, stream, mask),
+        times=run.num_layers,
+        beside=(run.shell, run.boundaries),
+    )
+    key = place.replicated(jax.eval_shape(lambda: jax.random.key(0)))
+    yield Program(
+        name="head and its cotangents",
+        function=head_of_batch,
+        args=(
+            run.config,
+            run.shell,
+            hidden,
+            text,
+            key if options.fisher == "mc" else None,
+            true_too,
+        ),
+        times=count,
+        beside=(run.boundaries, stream, stream, *([stream] if true_too else [])),
+    )
+    cotangents = Cotangents(stream, stream if true_too else None)
+    yield Program(
+        name="way back through the top, one layer",
+        function=sweep_layer,
+        args=(run.apply(), layer, None, stream, mask, cotangents),
+        kwargs={"with_gradient": False},
+        times=run.split.num_top,
+        beside=(run.shell, run.boundaries),
+    )
+    taps = jax.eval_shape(
+        partial(zero_taps, with_removals=options.channel_score == "token-fisher"), run.block
+    )
+    skip = options.skip_positions or 0
+    yield Program(
+        name="factor sweep, one layer",
+        function=sweep_layer,
+        args=(run.apply(skip), layer, place.factors(taps), stream, mask, cotangents),
+        kwargs={"with_gradient": options.reads_gradient},
+        times=run.num_middle,
+        beside=(run.shell, run.boundaries),
+    )
+    yield from _normalisations(run, taps, (run.shell, run.boundaries, cotangents))
+
+
+def _input_pass(run: Run) -> Iterator[Program]:
+    place, count = run.place, run.num_batches
+    layer, stream, mask = place.params(run.block), run.stream(count), run.mask(count)
+    taps = jax.eval_shape(partial(zero_taps, with_outputs=False), run.block)
+    yield Program(
+        name="embedding",
+        function=embed_batch,
+        args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
+        times=count,
+    )
+    yield Program(
+        name="calibration forward, one layer",
+        function=forward_layer,
+        args=(run.apply(), layer, stream, mask),
+        times=run.split.num_bottom,
+        beside=(run.shell,),
+    )
+    yield Program(
+        name="moments of inputs, one layer",
+        function=input_moments,
+        args=(
+            run.apply(run.options.skip_positions or 0),
+            layer,
+            place.factors(taps),
+            stream,
+            mask,
+        ),
+        times=run.num_middle,
+        beside=(run.shell,),
+    )
+    yield from _normalisations(run, taps, (run.shell, stream))
+
+
+def _normalisations(run: Run, taps: Any, beside: tuple) -> Iterator[Program]:
+    """From sums to factors, one program for each shape of a map."""
+    block, layout = run.block, run.block.layout
+    sums = LayerSums(run.place.factors(taps), _gradients(run))
+    for group in by_shape({s.name: _kind(block, s, layout) for s in layout.sites}):
+        site = next(s for s in layout.sites if s.name == group[0])
+        outputs = None if taps.outputs is None else sums.taps.outputs[site.name]
+        removals = sums.taps.removals if site.name == layout.channels.out else None
+        gradient = None if sums.gradient is None else getattr(sums.gradient, site.name)
+        args = (sums.taps.inputs[site.reads], outputs, gradient, 1, removals)
+        yield Program(
+            name=f"factors of {', '.join(group)}",
+            function=normalise,
+            args=args,
+            times=len(group) * run.num_middle,
+            beside=(*beside, sums),
+        )
+
+
+def _kind(block: Any, site: Any, layout: Any) -> tuple:
+    """What decides the program of a site's factors; only the map out has removals."""
+    weights = maps(block)[site.name]
+    return weights.shape, weights.bias is None, site.name == layout.channels.out
+
+
+def _gradients(run: Run) -> Any:
+    if not run.options.reads_gradient:
+        return None
+    return run.place.params(
+        jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), run.block)
+    )
+
+
+def _factors(run: Run) -> dict[str, KroneckerFactors] | None:
+    """Of each site of a layer, as the scores take them."""
+    options, block = run.options, run.block
+    if options.calibrates == "nothing":
+        return None
+    place, gradients = run.place, _gradients(run)
+    both = options.calibrates == "factors"
+
+    def square(width: int) -> Any:
+        return place.factors(jax.ShapeDtypeStruct((width, width), jnp.float32))
+
+    def of_site(name: str, weights: Any) -> KroneckerFactors:
+        d_in, d_out = weights.shape
+        sets = options.channel_score == "token-fisher" and name == block.layout.channels.out
+        return KroneckerFactors(
+            input_covariance=square(d_in),
+            input_mean=place.array((d_in,), jnp.float32),
+            gradient_covariance=square(d_out) if both else None,
+            gradient=None if gradients is None else getattr(gradients, name),
+            removal_fisher=square(d_in) if sets else None,
+        )
+
+    return {name: of_site(name, weights) for name, weights in maps(block).items()}
+
+
+def _around_scores(run: Run) -> tuple:
+    """What lies on the devices while a layer is scored, beside what the programs take."""
+    streams: tuple = (run.stream(run.num_batches),)
+    if run.options.calibrates == "factors":
+        streams = (*streams, run.boundaries)
+    return () if run.options.calibrates == "nothing" else (run.shell, *streams)
+
+
+def _decompositions(run: Run) -> Iterator[Program]:
+    """Of the kernels of equal shape together, as `methods.scored.decompose_layers` takes them."""
+    block, mesh = run.block, run.place.mesh
+    layout = block.layout
+    whitened = run.options.attention_basis == "whitened" or run.options.calibrates == "inputs"
+    whitened &= run.options.record.reads in ("factors", "inputs")
+    beside = (*_around_scores(run), run.place.replicated(block), _factors(run))
+    layers = 1 if whitened or mesh is None else max(mesh.mesh.size // len(layout.low_rank), 1)
+    kernels = {site: maps(block)[site].kernel for site in layout.low_rank}
+    factors = _factors(run)
+    for group in by_shape({site: kernel.shape for site, kernel in kernels.items()}):
+        number, times = len(group) * layers, -(-run.num_middle // layers)
+        together = _stacked(kernels[group[0]], number)
+        programs = _whitened_svd if whitened else _plain_svd
+        for name, function, batch, options in programs(run, together):
+            jitted, args = one_program(function, batch, mesh, run.place.whole, *options)
+            yield Program(
+                name=f"{name}, {', '.join(group)}",
+                function=jitted,
+                args=args,
+                times=times,
+                beside=beside,
+            )
+        if whitened:
+            known = {site: factors[site] for site in group}
+            yield Program(
+                name=f"factors together, {', '.join(group)}",
+                function=stack_on_device,
+                args=(known, group),
+                times=run.num_middle,
+                beside=beside,
+            )
+        parts = run.place.replicated(_svd_of(together))
+        yield Program(
+            name=f"components apart, {', '.join(group)}",
+            function=unstack_on_device,
+            args=(parts, group if layers == 1 else tuple(range(number))),
+            times=times,
+            beside=beside,
+        )
+
+
+def _stacked(kernel: Any, number: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((number, *kernel.shape), kernel.dtype)
+
+
+def _svd_of(matrices: Any) -> SVD:
+    *lead, d_in, d_out = matrices.shape
+    size = min(d_in, d_out)
+    shapes = ((*lead, d_in, size), (*lead, size), (*lead, d_out, size))
+    return SVD(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+
+def _plain_svd(run: Run, kernels: Any) -> Iterator[tuple]:
+    algorithm = default_algorithm(run.place.devices[0].platform)
+    yield f"decomposition ({algorithm})", decompose_all, kernels, (algorithm,)
+
+
+def _whitened_svd(run: Run, kernels: Any) -> Iterator[tuple]:
+    number, d_in, d_out = kernels.shape
+    moments = [jax.ShapeDtypeStruct((number, d, d), jnp.float32) for d in (d_in, d_out)]
+    both = run.options.calibrates == "factors"
+    yield "root of inputs", decompose_moments, moments[0], (WHITENING_DAMPING,)
+    if both:
+        yield "root of outputs", decompose_moments, moments[1], (WHITENING_DAMPING,)
+    yield "whitening", whiten, (kernels, moments[0], moments[1] if both else None), ()
+    rotated = jax.ShapeDtypeStruct(kernels.shape, jnp.float32)
+    yield from _plain_svd(run, rotated)
+    yield "way back", map_back, Whitened(kernels, rotated, moments[0], _svd_of(kernels)), ()
+
+
+def _scores(run: Run) -> Iterator[Program]:
+    block, options, place = run.block, run.options, run.place
+    layout, layer = block.layout, place.replicated(maps(block))
+    parts = place.replicated({site: _svd_of(layer[site].kernel) for site in layout.low_rank})
+    known: Mapping[str, Any] = {}
+    if options.record.reads == "factors":
+        count = None
+        if options.channel_score == "gcs-set":
+            counts = uniform_layer_counts(layer_pools(run.config, options), options, run.num_middle)
+            count = None if counts is None else counts.channels
+        rule = gradot_rule(
+            options.attention_score or "l1",
+            options.attention_basis or "svd",
+            options.channel_score or "l1",
+            options.lambda_mlp or 0.0,
+            count,
+        )
+        function, known = rule.terms.func, rule.terms.keywords
+    elif options.record.reads == "inputs":
+        function = activation_terms
+    elif options.record.reads == "weights":
+        function = magnitude_terms
+    else:
+        function = None
+    if function is not None:
+        yield Program(
+            name="scores of a layer",
+            function=function,
+            args=(layout, layer, parts, _factors(run)),
+            kwargs=known,
+            times=run.num_middle,
+            beside=_around_scores(run),
+        )
+    terms = LayerTerms(
+        {site: _score_terms(run, min(layer[site].kernel.shape)) for site in layout.low_rank},
+        _score_terms(run, channel_count(run.config)),
+    )
+    if options.allocation == "uniform":
+        yield Program(
+            name="order of keeping",
+            function=layer_orders,
+            args=(terms, *lambdas(options)),
+            times=run.num_middle,
+            beside=_around_scores(run),
+        )
+
+
+def _score_terms(run: Run, size: int) -> ScoreTerms:
+    # On the host as they are handed in.
+    return ScoreTerms(*[jax.ShapeDtypeStruct((size,), jnp.float32, sharding=_alone(run))] * 2)
+
+
+def _alone(run: Run) -> Any:
+    return Place(run.place.devices[:1]).whole
+
+
+def comparison_programs(run: Run) -> Iterator[Program]:
+    """Those of `calibration.fidelity.gradient_fidelity`, whatever the method."""
+    stored = run.options.record.forecast(run.config, run.split, run.options).shapes
+    place, count = run.place, run.held_out
+    stream, mask = run.stream(count), run.mask(count)
+    # Boundaries of both models, and two heads' cotangents.
+    depths = run.num_layers + run.split.num_blocks + len(stored)
+    beside = (run.shell, run.shell, (stream,) * (depths + 2))
+    kinds = [layer_shapes(run.config, shape) for shape in dict.fromkeys(stored)]
+    kinds = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored), kinds)
+    layers = {"the model's": run.block}
+    layers |= {f"the emulator's, kind {i}": kind for i, kind in enumerate(kinds, 1)}
+    for whose, layer in layers.items():
+        layer = place.params(layer)
+        yield Program(
+            name=f"comparison forward, one layer of {whose}",
+            function=forward_layer,
+            args=(run.apply(), layer, stream, mask),
+            times=run.num_layers,
+            beside=beside,
+        )
+        yield Program(
+            name=f"comparison back, one layer of {whose}",
+            function=sweep_layer,
+            args=(run.apply(), layer, None, stream, mask, Cotangents(stream, None)),
+            kwargs={"with_gradient": whose == "the model's"},
+            times=run.num_layers,
+            beside=beside,
+        )
+    yield Program(
+        name="head in the comparison",
+        function=head_of_batch,
+        args=(
+            run.config,
+            run.shell,
+            place.array(stream.shape[1:], run.dtype, "data"),
+            run.batch,
+            None,
+            False,
+        ),
+        times=2 * count,
+        beside=beside,
+    )

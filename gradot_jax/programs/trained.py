@@ -1,0 +1,130 @@
+"""The programs of methods that train an emulator, or look at whole models: all but the scored."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradot_jax.methods.crash.crash import MAX_SEQUENCES, pooled_states
+from gradot_jax.methods.crash.similarity import adjacent_cka
+from gradot_jax.methods.offsite_tuning import (
+    DistillationState,
+    distillation_optimizer,
+    distillation_step,
+    jitted_sums,
+)
+from gradot_jax.methods.scaleot.layer_replace import (
+    ReplaceState,
+    harmonizer_optimizer,
+    init_harmonizers,
+    jitted_network_loss,
+    replace_step,
+)
+from gradot_jax.models.params import model_shapes
+from gradot_jax.models.split import split_model
+from gradot_jax.nn.batch import Batch
+from gradot_jax.programs.compression import Run
+from gradot_jax.programs.program import Program
+
+
+def distillation_programs(run: Run) -> Iterator[Program]:
+    """Those of `offsite-tuning`."""
+    options, place = run.options.distillation, run.place
+    stored = run.options.record.forecast(run.config, run.split, run.options).shapes
+    optimizer = distillation_optimizer(options)
+    model = model_shapes(run.config, run.dtype)
+    original = place.params(jax.eval_shape(lambda params: split_model(params, run.split), model))
+
+    def first(blocks: Any) -> DistillationState:
+        student = jax.tree.map(lambda leaf: leaf[: len(stored)].astype(jnp.float32), blocks)
+        return DistillationState(student, optimizer.init(student))
+
+    state = place.params(jax.eval_shape(first, model.segments[0]))
+    whole = place.params(model)
+    yield Program(
+        name="distillation step",
+        function=distillation_step,
+        args=(
+            run.config,
+            optimizer,
+            state,
+            original,
+            run.batch,
+            (options.lm_weight, options.kd_weight),
+        ),
+        kwargs={"mesh": place.mesh},
+        times=options.steps,
+        beside=(whole, state.student),
+    )
+    yield Program(
+        name="distillation losses",
+        function=jitted_sums,
+        args=(run.config, state.student, original, run.batch),
+        beside=(whole, state),
+    )
+
+
+def harmonizer_programs(run: Run) -> Iterator[Program]:
+    """Those of `scaleot`."""
+    options, place = run.options.scaleot, run.place
+    optimizer = harmonizer_optimizer(options)
+    layers = run.config.num_hidden_layers
+
+    def first(key: jax.Array) -> ReplaceState:
+        harmonizers = init_harmonizers(run.config, options.harmonizer_rank, key)
+        bits = jax.random.key_data(key)
+        return ReplaceState(harmonizers, optimizer.init(harmonizers), jnp.zeros(layers), bits)
+
+    state = place.params(jax.eval_shape(lambda: first(jax.random.key(0))))
+    model = place.params(model_shapes(run.config, run.dtype))
+    held_out = max(run.num_batches // 5, 1)
+    ids, counted = (
+        place.array((held_out, run.batch_size, run.length), dtype, None, "data")
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    yield Program(
+        name="harmonizer step",
+        function=replace_step,
+        args=(
+            run.config,
+            optimizer,
+            options,
+            state,
+            model,
+            run.batch,
+            Batch(ids, ids, counted, ids),
+        ),
+        kwargs={"mesh": place.mesh},
+        times=options.steps,
+        beside=(model,),
+    )
+    raw = place.replicated(jax.ShapeDtypeStruct((layers,), jnp.bool_))
+    yield Program(
+        name="loss of a network",
+        function=jitted_network_loss,
+        args=(run.config, model, state.harmonizers, raw, run.batch),
+        beside=(model,),
+    )
+
+
+def similarity_programs(run: Run) -> Iterator[Program]:
+    """Those of `crash`."""
+    place, text = run.place, run.batch
+    model = place.params(model_shapes(run.config, run.dtype))
+    yield Program(
+        name="hidden states",
+        function=pooled_states,
+        args=(run.config, model, text.input_ids, text.attention_mask),
+        times=run.num_batches,
+        beside=(model,),
+    )
+    rows = min(run.num_batches * run.batch_size, MAX_SEQUENCES)
+    shape = (run.config.num_hidden_layers, rows, run.config.hidden_size)
+    states = jax.ShapeDtypeStruct(shape, jnp.float32)
+    yield Program(
+        name="similarity of layers",
+        function=adjacent_cka,
+        args=(place.replicated(states),),
+        beside=(model, model),
+    )
