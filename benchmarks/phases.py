@@ -20,7 +20,7 @@ from benchmarks import floor
 from benchmarks.floor import Cost
 from benchmarks.harness import Phase, text_phase
 from benchmarks.workloads import Step, Workload
-from gradot_jax.calibration.passes import Cotangents, layer_function, sweep_layer
+from gradot_jax.calibration.passes import Cotangents
 from gradot_jax.calibration.sweep import (
     CalibrationPass,
     run_forward,
@@ -30,7 +30,6 @@ from gradot_jax.compression.channel import cut_channels
 from gradot_jax.compression.plan import EmulatorSpec
 from gradot_jax.compression.rank import cut_rank
 from gradot_jax.curvature.factors import KroneckerFactors
-from gradot_jax.curvature.tap import zero_taps
 from gradot_jax.methods.allocation import layer_orders
 from gradot_jax.methods.compress import run_compression
 from gradot_jax.methods.gradot import gradot_rule
@@ -43,6 +42,8 @@ from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.dtypes import cast
 from gradot_jax.nn.layout import Block, maps
 from gradot_jax.offsite.bundle import ship
+from gradot_jax.programs.compression import scoring_programs
+from gradot_jax.programs.program import Place
 from gradot_jax.training.adapter import Frozen, TrainState, descend, init_training, train_step
 from gradot_jax.training.optimizer import make_optimizer
 
@@ -215,18 +216,9 @@ PHASES: dict[str, Callable[[Workload], Phase]] = {
 
 def lower_sweep(workload: Workload) -> jax.stages.Lowered:
     """The sweep of one layer, from shapes alone."""
-    shape = (workload.num_batches, workload.batch_size, workload.length)
-    stream = jax.ShapeDtypeStruct((*shape, workload.config.hidden_size), workload.dtype)
-    block = jax.eval_shape(lambda params: get_block(params.segments[0], 0), workload.shapes())
-    return sweep_layer.lower(
-        layer_function(workload.config),
-        block,
-        jax.eval_shape(zero_taps, block),
-        stream,
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-        Cotangents(stream, None),
-        with_gradient=False,
-    )
+    programs = scoring_programs(workload.compression(Place(jax.devices()[:1])))
+    (sweep,) = (program for program in programs if program.name == "factor sweep, one layer")
+    return sweep.trace().lower()
 
 
 def lower_gradient(workload: Workload) -> jax.stages.Lowered:
@@ -239,12 +231,9 @@ def lower_step(workload: Workload, kind: Step) -> jax.stages.Lowered:
     batch = _batch_shapes(workload)
     if kind == "step_all":
         return _all_program(workload).lower(jax.eval_shape(_start_all, workload.shapes()), batch)
-    model = workload.emulator_shapes()
-    if kind == "step_full":
-        model = jax.eval_shape(partial(split_model, split=workload.split), workload.shapes())
-    return _adapter_program(workload).lower(
-        *jax.eval_shape(partial(_start, workload), model), batch
-    )
+    place = Place(jax.devices()[:1])
+    step, _ = workload.tuning(place, optimizer(), full=kind == "step_full")
+    return step.trace().lower()
 
 
 def unit_factors(workload: Workload) -> Factors:
@@ -275,13 +264,6 @@ def _adapter_step(workload: Workload, model: SplitModel, middle_block: int) -> P
     arguments = state, frozen, workload.batches()[0]
     cost = floor.step_cost(workload, middle_block)
     return _step(workload, _adapter_program(workload), arguments, cost)
-
-
-def _start(workload: Workload, model: SplitModel) -> tuple[TrainState, Frozen]:
-    """What `init_training` makes, before it is placed: shapes have no place."""
-    frozen = Frozen(model.shell, model.middle, model.inner_after)
-    adapter = cast(model.adapter, jnp.float32)
-    return TrainState(adapter, optimizer().init(adapter)), cast(frozen, workload.dtype)
 
 
 def _adapter_program(workload: Workload) -> jax.stages.Wrapped:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 
 from gradot_jax.compression.plan import LayerShape
@@ -24,6 +25,9 @@ from gradot_jax.models.split import AdapterSpec, split_model
 from gradot_jax.models.tensors import layer_shapes
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.emulator import Emulator
+from gradot_jax.programs.compression import Run
+from gradot_jax.programs.program import Place, Program
+from gradot_jax.programs.training import finetuning_programs
 
 Suite = Literal["cpu", "device"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
@@ -107,6 +111,39 @@ class Workload:
 
         layer = layer_shapes(self.config, self.layer_shape)
         return Emulator(model.shell, model.adapter, (jax.tree.map(stack, layer),))
+
+    def compression(self, place: Place, **options: Any) -> Run:
+        """A compression of it, as its programs see it."""
+        return Run(
+            config=self.config,
+            split=self.split,
+            options=CompressionOptions(budget=self.budget, **options),
+            place=place,
+            stored=self.dtype,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            num_batches=self.num_batches,
+            length=self.length,
+        )
+
+    def tuning(
+        self, place: Place, optimizer: optax.GradientTransformation, *, full: bool = False
+    ) -> list[Program]:
+        """The programs of tuning the adapter in its emulator, or in the full model."""
+        model = self.emulator_shapes()
+        if full:
+            model = jax.eval_shape(partial(split_model, split=self.split), self.shapes())
+        return finetuning_programs(
+            self.config,
+            model,
+            optimizer,
+            place,
+            batch_size=self.batch_size,
+            length=self.length,
+            dtype=self.dtype,
+            remat=self.remat,
+            validations=1,
+        )
 
     def batches(self) -> list[Batch]:
         """S batches of random tokens, every one real and counted."""

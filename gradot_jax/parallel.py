@@ -124,16 +124,18 @@ def row_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
 
 
 def spread_rows(tree: Any) -> Any:
-    """Matrices with their rows spread over the mesh on which they are computed, if any.
+    """Matrices with their rows spread over the mesh on which they are computed, vectors whole.
 
     Inside `jit`, where XLA would rather keep a whole copy of a sum over all tokens on each device.
+    Vectors are told where to lie so that equal ones lie alike, and whatever reads them is one
+    program. What is on no mesh is as it was.
     """
 
     def spread(leaf: jax.Array) -> jax.Array:
         mesh = jax.typeof(leaf).sharding.mesh
-        if "data" not in mesh.shape or leaf.ndim < 2:
+        if "data" not in mesh.shape:
             return leaf
-        spec = row_spec(leaf.shape, mesh.shape)
+        spec = row_spec(leaf.shape, mesh.shape) if leaf.ndim >= 2 else PartitionSpec()
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(spread, tree)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gradot_jax.cli.data import LoadedModel
     from gradot_jax.nn.batch import Batch
     from gradot_jax.parallel import DeviceMesh
+    from gradot_jax.programs.program import Place, Program
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -84,12 +85,50 @@ class OnHosts(OnDevices):
         coordinator: `host:port` of process 0.
         num_processes: of the run.
         process_id: of this process, from 0.
+        dry_run: run nothing; say what the run would store and the memory that it takes.
+        target: with --dry-run, chips that need not be here: a TPU slice such as v5e:2x4, or GPUs
+            of one host such as h100x8. The run's programs are compiled for them, by their own
+            compiler, and what each takes of a device is printed.
     """
 
     distributed: bool = False
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    dry_run: bool = False
+    target: str | None = None
+
+    def place(self) -> "Place":
+        """Where the run lies: on the target's devices, or on those that are here.
+
+        The first use of JAX of a command, instead of `device_mesh`.
+        """
+        if self.target is None:
+            import jax
+
+            from gradot_jax.programs.program import Place
+
+            mesh = self.device_mesh()
+            return Place(jax.devices()[:1] if mesh is None else list(mesh.mesh.devices.flat), mesh)
+        if not self.dry_run:
+            raise InputError("--target goes with --dry-run: programs are compiled, and none is run")
+        if self.distributed:
+            raise InputError("--target goes without --distributed: one process compiles for all")
+        from gradot_jax.programs.target import parse_target, prepare_environment
+
+        target = parse_target(self.target)
+        prepare_environment(target)
+        from gradot_jax.cli.target import place_on
+
+        return place_on(target, self.mesh)
+
+    def say_needs(self, place: "Place", programs: "list[Program]") -> None:
+        """What the programs of a run take of each device, by the compiler of its place."""
+        from gradot_jax.cli.target import say_whether_it_fits
+        from gradot_jax.programs.target import parse_target
+
+        target = None if self.target is None else parse_target(self.target)
+        say_whether_it_fits(target, place, programs, self.MEMORY)
 
     def device_mesh(self) -> "DeviceMesh | None":
         """The mesh asked for, over the devices of all processes."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from gradot_jax.cli.common import Dtype, OnHosts, check_new, fit_batch, say
-from gradot_jax.cli.forecast import check_fits, forecast_lines, line, memory_lines, needs
+from gradot_jax.cli.forecast import Need, check_fits, forecast_lines, line, memory_lines, needs
 from gradot_jax.errors import InputError
 from gradot_jax.methods.options import CompressionOptions
 
@@ -63,7 +63,6 @@ class Compress(OnHosts):
         overwrite: replace an existing folder.
         offload: keep the residual streams at the boundaries of layers, most of what calibration
             takes of a device, in the host's memory.
-        dry_run: only say what would be stored and the memory it takes.
         ignore_memory: start even if the memory it takes is more than there is.
     """
 
@@ -84,7 +83,6 @@ class Compress(OnHosts):
     store_dtype: Dtype | None = None
     overwrite: bool = False
     offload: bool = False
-    dry_run: bool = False
     ignore_memory: bool = False
 
     def run(self) -> None:
@@ -100,7 +98,8 @@ class Compress(OnHosts):
         from gradot_jax.models.split import AdapterSpec
         from gradot_jax.models.weight_files import checkpoint_folder
 
-        mesh = self.device_mesh()
+        place = self.place()
+        mesh = place.mesh
         folder = checkpoint_folder(self.model, self.revision)
         config, original = load_model(folder, memory_map=True)
         split = AdapterSpec(self.num_bottom, self.num_top)
@@ -109,6 +108,8 @@ class Compress(OnHosts):
         text = self._text(tokenizer, config, records, mesh)
         self._foresee(config, original, split, text.calibration, mesh)
         if self.dry_run:
+            if self.target is not None:
+                self._compile(config, original, split, text, place)
             return
         params = original
         if not self.options.record.streams:
@@ -180,7 +181,13 @@ class Compress(OnHosts):
             offload=self.offload,
             **shape,
         )
-        found = needs(estimate, 1 if mesh is None else jax.local_device_count())
+        if self.target is None:
+            found = needs(estimate, 1 if mesh is None else jax.local_device_count())
+        else:
+            found = [
+                Need("on the host", estimate.host, None),
+                Need("on each device, by formulas", estimate.device, None),
+            ]
         if self.dry_run:
             shipped = jnp.dtype(self.store_dtype or stored)
             wider = "" if self.store_dtype or len(_dtypes(params)) == 1 else ", some tensors wider"
@@ -192,6 +199,27 @@ class Compress(OnHosts):
         say(f"memory: about {', '.join(map(str, found))}")
         if not self.ignore_memory:
             check_fits(found)
+
+    def _compile(self, config, params, split, text: _Text, place) -> None:
+        """Says what the compiler of the target makes of all programs."""
+        from gradot_jax.programs.commands import compression_programs
+        from gradot_jax.programs.compression import Run
+
+        size, length = text.calibration[0].input_ids.shape
+        run = Run(
+            config=config,
+            split=split,
+            options=self.options,
+            place=place,
+            stored=params.shell.embed_tokens.dtype,
+            dtype=self.dtype,
+            batch_size=size,
+            num_batches=len(text.calibration),
+            length=length,
+            held_out=len(text.held_out),
+            offload=self.offload,
+        )
+        self.say_needs(place, compression_programs(run))
 
     def _write(self, folder, config, original, result, record) -> None:
         from gradot_jax.evaluation.record import environment

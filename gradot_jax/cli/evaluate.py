@@ -56,6 +56,8 @@ class Evaluate(OnHosts, OnModel):
     def run(self) -> None:
         """Executes the command."""
         self._check()
+        if self.dry_run:
+            return self._foresee()
         from gradot_jax.evaluation.record import environment, write_result
         from gradot_jax.parallel import one_writer
 
@@ -69,8 +71,49 @@ class Evaluate(OnHosts, OnModel):
                 write_result(self.out, result)
                 _show(result["metrics"])
 
+    def _foresee(self) -> None:
+        """Says what the programs take of each device."""
+        place = self.place()
+        from gradot_jax.cli.data import example_length, examples_of, open_tokenizer
+        from gradot_jax.data.records import ChoiceRecords, TextRecords, read_records
+        from gradot_jax.models.checkpoint import load_config
+        from gradot_jax.models.params import model_shapes
+        from gradot_jax.models.weight_files import checkpoint_folder
+        from gradot_jax.offsite.bundle import verified_manifest
+        from gradot_jax.programs.commands import emulator_shapes
+        from gradot_jax.programs.evaluation import evaluation_programs
+
+        if self.bundle is None:
+            folder = checkpoint_folder(str(self.model), self.revision)
+            config = load_config(folder)
+            params = model_shapes(config, self.dtype)
+        else:
+            folder, manifest = self.bundle, verified_manifest(self.bundle)
+            config = manifest.config
+            emulator = emulator_shapes(config, manifest.split, manifest.emulator, self.dtype)
+            params = emulator.assemble()
+        records, batches = read_records(str(self.data)), 1
+        length = example_length(config, self.sequence_length)
+        batch_size = -(-self.batch_size // place.data) * place.data
+        if not isinstance(records, ChoiceRecords):
+            examples = examples_of(open_tokenizer(folder, config), config, records, length)
+            count, length = examples.input_ids.shape
+            batches = -(-count // batch_size)
+        programs = evaluation_programs(
+            config,
+            params,
+            place,
+            batch_size=batch_size,
+            length=length,
+            kind="text" if isinstance(records, TextRecords) else "answers",
+            batches=batches,
+        )
+        self.say_needs(place, programs)
+
     def _check(self) -> None:
         self.check_model()
+        if self.dry_run and self.data is None:
+            raise InputError("--dry-run goes with --data: tasks of lm-eval batch as they like")
         if (self.data is None) == (not self.lm_eval):
             raise InputError("give either --data or --lm-eval")
         if not self.lm_eval and (

@@ -94,19 +94,20 @@ class Finetune(OnHosts):
         if self.resume and other.exists():
             how = "given" if self.learning_rate == "auto" else "searched for"
             raise InputError(f"{other}: of a run whose rate was {how}; choose another folder")
+        place = self.place()
         import shutil
 
         from gradot_jax.cli.data import open_tokenizer, training_examples
         from gradot_jax.data.examples import epoch_batches, eval_batches
         from gradot_jax.files.digest import tree_digest
         from gradot_jax.offsite.adapter_file import save_adapter
-        from gradot_jax.offsite.bundle import receive
+        from gradot_jax.offsite.bundle import receive, verified_manifest
         from gradot_jax.parallel import one_writer, to_host
         from gradot_jax.training.adapter import train_adapter
         from gradot_jax.training.loop import Trained
         from gradot_jax.training.optimizer import make_optimizer, rated_optimizer
 
-        mesh = self.device_mesh()
+        mesh = place.mesh
         updates = self.num_steps // self.accumulate
         warmup = updates // 30 if self.warmup_steps is None else self.warmup_steps
         first = _FIRST_RATES[0] if self.learning_rate == "auto" else self.learning_rate
@@ -121,7 +122,10 @@ class Finetune(OnHosts):
             "accumulate": self.accumulate,
         }
         optimizer = make_optimizer(**schedule)
-        bundle = receive(self.bundle, dtype="float32", with_tokenizer=False)
+        if self.dry_run:
+            bundle: Any = verified_manifest(self.bundle)
+        else:
+            bundle = receive(self.bundle, dtype="float32", with_tokenizer=False)
         tokenizer = open_tokenizer(self.bundle, bundle.config)
         examples = training_examples(tokenizer, bundle.config, self.train, self.sequence_length)
         batch_size = fit_batch(examples, self.batch_size, mesh)
@@ -131,6 +135,10 @@ class Finetune(OnHosts):
                 tokenizer, bundle.config, self.validation, self.sequence_length
             )
             validation = list(eval_batches(held_out, batch_size))
+        if self.dry_run:
+            length = examples.input_ids.shape[1]
+            self._foresee(bundle, optimizer, place, batch_size, length, len(validation or ()))
+            return
         with one_writer(self.out) as writes:
             if writes and self.overwrite:
                 shutil.rmtree(self.out, ignore_errors=True)
@@ -172,6 +180,28 @@ class Finetune(OnHosts):
             if writes:
                 save_adapter(self.out / "adapter", adapter, bundle, overwrite=self.resume)
                 print(f"{self.out / 'adapter'}: to return to the model's owner")
+
+    def _foresee(self, manifest, optimizer, place, batch_size: int, length: int, batches) -> None:
+        """Says what the programs take of each device."""
+        from gradot_jax.programs.commands import emulator_shapes
+        from gradot_jax.programs.training import finetuning_programs
+
+        config = manifest.config
+        model = emulator_shapes(config, manifest.split, manifest.emulator, "float32")
+        times = -(-self.num_steps // (self.evaluate_every or max(self.num_steps // 10, 1))) + 1
+        programs = finetuning_programs(
+            config,
+            model,
+            optimizer,
+            place,
+            batch_size=batch_size,
+            length=length,
+            dtype=self.dtype,
+            remat=self.remat,
+            num_steps=self.num_steps,
+            validations=times * batches,
+        )
+        self.say_needs(place, programs)
 
     def _search(self, train: "Callable[[float, Path], Trained]") -> "Trained":
         """The run of the best rate, its history in OUT."""

@@ -35,12 +35,12 @@ def place_on(target: "Target", mesh: tuple[int, int] | None) -> "Place":
 
 
 def say_whether_it_fits(
-    target: "Target", place: "Place", programs: "Sequence[Program]", helps: Sequence[str]
+    target: "Target | None", place: "Place", programs: "Sequence[Program]", helps: Sequence[str]
 ) -> None:
     """Compiles the programs of a run and prints what they take of each device.
 
     Args:
-        target: what they are compiled for.
+        target: what they are compiled for; None for the devices that are here.
         place: its devices.
         programs: of the run.
         helps: options of the command that make it need less.
@@ -53,18 +53,23 @@ def say_whether_it_fits(
         ((_, compiled, _),) = compile_programs([program], place.platform)
         found.append(compiled)
     say(*_table(found))
-    worst, peak, memory = peak_of(found), run_peak(found), target.chip.memory
-    share = peak / memory
+    worst, peak = peak_of(found), run_peak(found)
+    where = f"{line('there', worst.name)}, and all programs loaded"
+    if target is None:
+        lines = [line("compiled for", f"{place.platform} here, {_mesh(place)}")]
+        say("", *lines, line("at the peak", f"{mebibytes(peak)} a device"), where)
+        return
+    share = peak / target.chip.memory
+    least = sum(compiled.least_seconds(target) for compiled in found)
     say(
         "",
         line("compiled for", f"{target.name}, {_mesh(place)}; nothing was run"),
-        line("at the peak", f"{mebibytes(peak)} of {mebibytes(memory)} a device ({share:.0%})"),
-        line("there", f"{worst.name}, and all programs loaded"),
         line(
-            "at least",
-            f"{sum(c.least_seconds(target) for c in found):.3g} s: products and arrays over "
-            "published peaks, a lower bound",
+            "at the peak",
+            f"{mebibytes(peak)} of {mebibytes(target.chip.memory)} a device ({share:.0%})",
         ),
+        where,
+        line("at least", f"{least:.3g} s: products and arrays over published peaks"),
     )
     if target.num_hosts > 1:
         say(line("hosts", f"{target.num_hosts}, each with {target.chip.host} of the chips"))

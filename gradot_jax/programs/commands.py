@@ -1,5 +1,7 @@
 """The programs of a command of the pipeline."""
 
+from typing import Any
+
 import jax
 from jax.typing import DTypeLike
 
@@ -31,7 +33,11 @@ def compression_programs(run: Run) -> list[Program]:
         own = similarity_programs(run)
     else:
         own = iter(())
-    return [*own, *comparison_programs(run)]
+    # What is one program at two moments is compiled once.
+    found: dict[Any, Program] = {}
+    for program in (*own, *comparison_programs(run)):
+        found.setdefault(program.key, program)
+    return list(found.values())
 
 
 def emulator_shapes(

@@ -230,7 +230,8 @@ def _normalisations(run: Run, taps: Any, beside: tuple) -> Iterator[Program]:
     """From sums to factors, one program for each shape of a map."""
     block, layout = run.block, run.block.layout
     sums = LayerSums(run.place.factors(taps), _gradients(run))
-    for group in by_shape({s.name: _kind(block, s, layout) for s in layout.sites}):
+    kinds = {s.name: _kind(block, s, layout, sums.gradient) for s in layout.sites}
+    for group in by_shape(kinds):
         site = next(s for s in layout.sites if s.name == group[0])
         outputs = None if taps.outputs is None else sums.taps.outputs[site.name]
         removals = sums.taps.removals if site.name == layout.channels.out else None
@@ -245,10 +246,11 @@ def _normalisations(run: Run, taps: Any, beside: tuple) -> Iterator[Program]:
         )
 
 
-def _kind(block: Any, site: Any, layout: Any) -> tuple:
-    """What decides the program of a site's factors; only the map out has removals."""
+def _kind(block: Any, site: Any, layout: Any, gradient: Any) -> tuple:
+    """What decides the program of a site's factors: gradients lie as the weights do."""
     weights = maps(block)[site.name]
-    return weights.shape, weights.bias is None, site.name == layout.channels.out
+    of_gradient = None if gradient is None else (weights.bias is None, site.split)
+    return weights.shape, of_gradient, site.name == layout.channels.out
 
 
 def _gradients(run: Run) -> Any:
@@ -427,6 +429,13 @@ def comparison_programs(run: Run) -> Iterator[Program]:
     # Boundaries of both models, and two heads' cotangents.
     depths = run.num_layers + run.split.num_blocks + len(stored)
     beside = (run.shell, run.shell, (stream,) * (depths + 2))
+    yield Program(
+        name="embedding",
+        function=embed_batch,
+        args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
+        times=2 * count,
+        beside=beside,
+    )
     kinds = [layer_shapes(run.config, shape) for shape in dict.fromkeys(stored)]
     kinds = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored), kinds)
     layers = {"the model's": run.block}
@@ -440,14 +449,24 @@ def comparison_programs(run: Run) -> Iterator[Program]:
             times=run.num_layers,
             beside=beside,
         )
+        back = {
+            "function": sweep_layer,
+            "args": (run.apply(), layer, None, stream, mask, Cotangents(stream, None)),
+            "beside": beside,
+        }
         yield Program(
             name=f"comparison back, one layer of {whose}",
-            function=sweep_layer,
-            args=(run.apply(), layer, None, stream, mask, Cotangents(stream, None)),
-            kwargs={"with_gradient": whose == "the model's"},
-            times=run.num_layers,
-            beside=beside,
+            kwargs={"with_gradient": False},
+            times=run.num_middle,
+            **back,
         )
+        if whose == "the model's":
+            yield Program(
+                name="comparison back, one layer of the adapter",
+                kwargs={"with_gradient": True},
+                times=2 * run.split.num_blocks,
+                **back,
+            )
     yield Program(
         name="head in the comparison",
         function=head_of_batch,

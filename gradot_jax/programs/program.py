@@ -112,6 +112,12 @@ class Program:
     times: int = 1
     beside: tuple = ()
 
+    @property
+    def key(self) -> Any:
+        """Equal for programs that are compiled once."""
+        leaves, tree = jax.tree.flatten((self.args, dict(self.kwargs)))
+        return self.function, tree, tuple(map(str, leaves))
+
     def trace(self) -> Any:
         """The program as JAX traces it."""
         return self.function.trace(*self.args, **self.kwargs)

@@ -4,9 +4,11 @@ Data sheets: Google Cloud TPU system architecture; NVIDIA A100, H100 and H200 (S
 imports JAX: what a compiler reads from the environment has to be there before JAX is.
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gradot_jax.errors import InputError
@@ -142,6 +144,13 @@ def prepare_environment(target: Target) -> None:
     if target.chip.platform == "tpu":
         for name, value in _TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        return
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # The assembler comes as a package of its own, which nobody finds by itself.
+    found = importlib.util.find_spec("nvidia")
+    for folder in [] if found is None else found.submodule_search_locations or []:
+        for tools in sorted(Path(folder).glob("*/bin")):
+            os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def target_devices(target: Target) -> "list[jax.Device]":
@@ -152,8 +161,6 @@ def target_devices(target: Target) -> "list[jax.Device]":
     """
     from jax.experimental import topologies
 
-    if target.chip.platform == "cuda":
-        _find_plugins()
     try:
         if target.chip.platform == "tpu":
             found = topologies.get_topology_desc(platform="tpu", topology_name=target.name)
@@ -172,13 +179,6 @@ def target_devices(target: Target) -> "list[jax.Device]":
             f"pip install 'gradot_jax[{extra}]' brings it ({str(error).splitlines()[0]:.200})"
         ) from None
     return list(found.devices)
-
-
-def _find_plugins() -> None:
-    from jax._src import xla_bridge
-
-    # GPU plugins are looked for only where GPUs may be used.
-    xla_bridge.discover_pjrt_plugins()
 
 
 def gpu_config(chip: Chip) -> str:

@@ -6,6 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradot_jax.compression.score import by_shape
+from gradot_jax.linalg.decomposition import default_algorithm
+from gradot_jax.linalg.spread import one_program
+from gradot_jax.linalg.svd import decompose_all
 from gradot_jax.methods.crash.crash import MAX_SEQUENCES, pooled_states
 from gradot_jax.methods.crash.similarity import adjacent_cka
 from gradot_jax.methods.offsite_tuning import (
@@ -21,11 +25,14 @@ from gradot_jax.methods.scaleot.layer_replace import (
     jitted_network_loss,
     replace_step,
 )
+from gradot_jax.methods.scaleot.scaleot import attention_ranks
+from gradot_jax.methods.scored import unstack_on_device
 from gradot_jax.models.params import model_shapes
 from gradot_jax.models.split import split_model
 from gradot_jax.nn.batch import Batch
+from gradot_jax.nn.layout import maps
 from gradot_jax.programs.compression import Run
-from gradot_jax.programs.program import Program
+from gradot_jax.programs.program import Place, Program
 
 
 def distillation_programs(run: Run) -> Iterator[Program]:
@@ -99,6 +106,7 @@ def harmonizer_programs(run: Run) -> Iterator[Program]:
         times=options.steps,
         beside=(model,),
     )
+    yield from _rank_reductions(run)
     raw = place.replicated(jax.ShapeDtypeStruct((layers,), jnp.bool_))
     yield Program(
         name="loss of a network",
@@ -106,6 +114,29 @@ def harmonizer_programs(run: Run) -> Iterator[Program]:
         args=(run.config, model, state.harmonizers, raw, run.batch),
         beside=(model,),
     )
+
+
+def _rank_reductions(run: Run) -> Iterator[Program]:
+    """Decompositions of the attention of a layer that `scaleot` keeps, on one device."""
+    if not any(attention_ranks(run.config, run.options).values()):
+        return
+    alone = Place(run.place.devices[:1])
+    block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.dtype), run.block)
+    sites = {site: maps(block)[site].kernel for site in block.layout.low_rank}
+    for group in by_shape({site: kernel.shape for site, kernel in sites.items()}):
+        shape = sites[group[0]].shape
+        kernels = jax.ShapeDtypeStruct((len(group), *shape), run.dtype)
+        algorithm = default_algorithm(run.place.devices[0].platform)
+        function, args = one_program(decompose_all, kernels, None, alone.whole, algorithm)
+        name = f"decomposition ({algorithm}), {', '.join(group)}"
+        yield Program(name=name, function=function, args=args, times=run.num_middle)
+        parts, _, _ = jax.eval_shape(lambda k, a=algorithm: decompose_all(k, a), kernels)
+        yield Program(
+            name=f"components apart, {', '.join(group)}",
+            function=unstack_on_device,
+            args=(alone.replicated(parts), group),
+            times=run.num_middle,
+        )
 
 
 def similarity_programs(run: Run) -> Iterator[Program]:
