@@ -25,7 +25,7 @@ from gradot_jax.models.split import AdapterSpec, split_model
 from gradot_jax.models.tensors import layer_shapes
 from gradot_jax.nn.batch import Batch
 from gradot_jax.offsite.emulator import Emulator
-from gradot_jax.programs.compression import Run
+from gradot_jax.programs.compression_run import Run
 from gradot_jax.programs.program import Place, Program
 from gradot_jax.programs.training import finetuning_programs
 

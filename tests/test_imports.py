@@ -28,12 +28,13 @@ FOLDERS = {
     "offsite": {"nn", "files", "compression", "models", "data"},
     "methods": None,
     "memory": None,
+    "programs": None,
     "comparison": None,
     "demo": None,
     "cli": None,
 }
 """What each folder may import of the others; None for all but those above it."""
-UPPER = ("methods", "memory", "comparison", "demo", "cli")
+UPPER = ("methods", "memory", "programs", "comparison", "demo", "cli")
 """From the lowest to the highest: none imports one behind it."""
 SHARED = {"errors", "parallel", "progress", "__version__"}
 """Modules beside the folders, open to all; arrays report no progress."""

@@ -110,8 +110,7 @@ class OnHosts(OnDevices):
 
             mesh = self.device_mesh()
             return Place(jax.devices()[:1] if mesh is None else list(mesh.mesh.devices.flat), mesh)
-        if not self.dry_run:
-            raise InputError("--target goes with --dry-run: programs are compiled, and none is run")
+        self._check_target()
         if self.distributed:
             raise InputError("--target goes without --distributed: one process compiles for all")
         from gradot_jax.programs.target import parse_target, prepare_environment
@@ -121,6 +120,10 @@ class OnHosts(OnDevices):
         from gradot_jax.cli.target import place_on
 
         return place_on(target, self.mesh)
+
+    def _check_target(self) -> None:
+        if self.target is not None and not self.dry_run:
+            raise InputError("--target goes with --dry-run: programs are compiled, and none is run")
 
     def say_needs(self, place: "Place", programs: "list[Program]") -> None:
         """What the programs of a run take of each device, by the compiler of its place."""
@@ -132,6 +135,7 @@ class OnHosts(OnDevices):
 
     def device_mesh(self) -> "DeviceMesh | None":
         """The mesh asked for, over the devices of all processes."""
+        self._check_target()
         described = (self.coordinator, self.num_processes, self.process_id) != (None, None, None)
         if described and not self.distributed:
             raise InputError(

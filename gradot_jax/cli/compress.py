@@ -203,7 +203,7 @@ class Compress(OnHosts):
     def _compile(self, config, params, split, text: _Text, place) -> None:
         """Says what the compiler of the target makes of all programs."""
         from gradot_jax.programs.commands import compression_programs
-        from gradot_jax.programs.compression import Run
+        from gradot_jax.programs.compression_run import Run
 
         size, length = text.calibration[0].input_ids.shape
         run = Run(

@@ -11,31 +11,28 @@ from gradot_jax.models.params import model_shapes
 from gradot_jax.models.split import AdapterSpec, adapter_of
 from gradot_jax.models.tensors import layer_shapes
 from gradot_jax.offsite.emulator import Emulator, build_emulator
-from gradot_jax.programs.compression import Run, comparison_programs, scoring_programs
+from gradot_jax.programs.compression_run import Run
 from gradot_jax.programs.program import Program
-from gradot_jax.programs.trained import (
-    distillation_programs,
-    harmonizer_programs,
-    similarity_programs,
-)
 
 
 def compression_programs(run: Run) -> list[Program]:
     """Those of `gradot compress`: the method's own, then the comparison of gradients."""
+    from gradot_jax.programs import compression, trained
+
     method = run.options.record
     if method.scores:
-        own = scoring_programs(run)
+        own = compression.scoring_programs(run)
     elif "distillation" in method.options:
-        own = distillation_programs(run)
+        own = trained.distillation_programs(run)
     elif "scaleot" in method.options:
-        own = harmonizer_programs(run)
+        own = trained.harmonizer_programs(run)
     elif "crash" in method.options:
-        own = similarity_programs(run)
+        own = trained.similarity_programs(run)
     else:
         own = iter(())
     # What is one program at two moments is compiled once.
     found: dict[Any, Program] = {}
-    for program in (*own, *comparison_programs(run)):
+    for program in (*own, *compression.comparison_programs(run)):
         found.setdefault(program.key, program)
     return list(found.values())
 

@@ -173,7 +173,7 @@ def target_devices(target: Target) -> "list[jax.Device]":
             )
     except Exception as error:
         # Plugins raise whatever they have; most of it is not for users.
-        extra = "tpu" if target.chip.platform == "tpu" else "compile-cuda"
+        extra = "tpu" if target.chip.platform == "tpu" else "compile-gpu"
         raise InputError(
             f"target {target.name}: its compiler is not there, or knows no such chips; "
             f"pip install 'gradot_jax[{extra}]' brings it ({str(error).splitlines()[0]:.200})"

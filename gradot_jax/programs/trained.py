@@ -25,13 +25,11 @@ from gradot_jax.methods.scaleot.layer_replace import (
     jitted_network_loss,
     replace_step,
 )
-from gradot_jax.methods.scaleot.scaleot import attention_ranks
-from gradot_jax.methods.scored import unstack_on_device
 from gradot_jax.models.params import model_shapes
 from gradot_jax.models.split import split_model
 from gradot_jax.nn.batch import Batch
 from gradot_jax.nn.layout import maps
-from gradot_jax.programs.compression import Run
+from gradot_jax.programs.compression_run import Run
 from gradot_jax.programs.program import Place, Program
 
 
@@ -118,6 +116,9 @@ def harmonizer_programs(run: Run) -> Iterator[Program]:
 
 def _rank_reductions(run: Run) -> Iterator[Program]:
     """Decompositions of the attention of a layer that `scaleot` keeps, on one device."""
+    from gradot_jax.methods.scaleot.scaleot import attention_ranks
+    from gradot_jax.methods.scored import unstack_on_device
+
     if not any(attention_ranks(run.config, run.options).values()):
         return
     alone = Place(run.place.devices[:1])

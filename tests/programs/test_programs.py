@@ -24,7 +24,7 @@ from gradot_jax.models.split import AdapterSpec
 from gradot_jax.nn.batch import Batch
 from gradot_jax.parallel import make_mesh
 from gradot_jax.programs.commands import compression_programs, emulator_shapes
-from gradot_jax.programs.compression import Run
+from gradot_jax.programs.compression_run import Run
 from gradot_jax.programs.evaluation import decoding_programs, evaluation_programs
 from gradot_jax.programs.program import Place, device_bytes, mesh_of
 from gradot_jax.programs.training import finetuning_programs
