@@ -86,11 +86,14 @@ def _mesh(place: "Place") -> str:
 
 
 def _table(found: "Sequence[Compiled]") -> list[str]:
-    width = max(len(compiled.name) for compiled in found)
+    # Where all of it is the host's, nobody need be told.
+    other = not all(compiled.on_host for compiled in found)
+    width = max(len(compiled.name) for compiled in found) + 7
     head = "".join(f"{name:>9}" for name in _COLUMNS)
     lines = [f"{'MiB of each device':<{width}}{head}{'times':>7}"]
     for c in found:
         sizes = (c.arguments, c.outputs, c.aliases, c.temporaries, c.code, c.beside, c.peak)
         cells = "".join(f"{size / 2**20:>9,.1f}" for size in sizes)
-        lines.append(f"{c.name:<{width}}{cells}{c.times:>7}")
+        name = f"{c.name} (host)" if c.on_host and other else c.name
+        lines.append(f"{name:<{width}}{cells}{c.times:>7}")
     return lines

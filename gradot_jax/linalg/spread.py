@@ -2,6 +2,10 @@
 
 XLA does not partition LAPACK's and cuSOLVER's routines: left to itself it would gather the whole
 batch and do all of it on every device.
+
+A TPU has no such routines: XLA makes decompositions of products for it, in programs of 90 to 140
+MiB at a width of 512 that take a minute to compile, and more than fifteen at 2,048. The host beside
+it has LAPACK and many cores, so there the work of a batch is the host's.
 """
 
 from collections.abc import Callable
@@ -12,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import PartitionSpec, Sharding
+from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
 from gradot_jax.parallel import DeviceMesh, put, to_host
 
 _DEVICES = ("data", "model")
+_ON_HOST = ("cpu", "tpu")
+"""Platforms whose batches are the work of the host."""
 
 
 def over_devices(
@@ -35,19 +41,44 @@ def over_devices(
     Returns:
         Arrays `[N, ...]`, whole on each device of the mesh, so that every process can read them.
     """
-    if mesh is None:
+    home = home_of(batch, mesh)
+    host = host_device(home)
+    if mesh is None and host in (None, home):
         return _alone(function, batch, options)
-    if mesh.mesh.devices.flat[0].platform == "cpu":
-        return put(_over_processes(function, to_host(batch), options), mesh.replicated)
+    if host is not None:
+        result = _over_processes(function, to_host(batch), options, host, alone=mesh is None)
+        return put(result, SingleDeviceSharding(home) if mesh is None else mesh.replicated)
     padded, count = _filled_up(batch, mesh.mesh.size)
     return _spread(function, put(padded, mesh.sharding(_DEVICES)), mesh, count, options)
+
+
+def home_of(batch: Any, mesh: DeviceMesh | None) -> jax.Device:
+    """A device that a batch is at home on; that of host arrays is the default device."""
+    if mesh is not None:
+        return mesh.mesh.devices.flat[0]
+    arrays = (leaf for leaf in jax.tree.leaves(batch) if isinstance(leaf, jax.Array))
+    found = next(arrays, None)
+    return next(iter(jnp.zeros(()).devices() if found is None else found.devices()))
+
+
+def host_device(device: jax.Device) -> jax.Device | None:
+    """This process's CPU, where it does the work of batches at home on a device; else None."""
+    if device.platform not in _ON_HOST:
+        return None
+    if device.platform == "cpu" and device.process_index == jax.process_index():
+        return device
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        # JAX_PLATFORMS leaves the CPU out.
+        return None
 
 
 def one_program(
     function: Callable[..., Any],
     batch: Any,
     mesh: DeviceMesh | None,
-    alone: Sharding,
+    device: jax.Device,
     *options: Any,
 ) -> tuple[Any, tuple]:
     """The jitted function that `over_devices` runs, and its arguments, from shapes alone.
@@ -56,11 +87,12 @@ def one_program(
         function: as in `over_devices`.
         batch: tree of shapes `[N, ...]`.
         mesh: as in `over_devices`.
-        alone: where the batch lies without a mesh.
+        device: that the batch is at home on.
         *options: hashable.
     """
-    if mesh is None or mesh.mesh.devices.flat[0].platform == "cpu":
-        return _alone, (function, _on(batch, alone), options)
+    host = host_device(device)
+    if mesh is None or host is not None:
+        return _alone, (function, _on(batch, SingleDeviceSharding(host or device)), options)
     count = jax.tree.leaves(batch)[0].shape[0]
     room = count + -count % mesh.mesh.size
     padded = jax.tree.map(lambda s: jax.ShapeDtypeStruct((room, *s.shape[1:]), s.dtype), batch)
@@ -71,19 +103,25 @@ def _on(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
 
-def _over_processes(function, batch, options):
+def _over_processes(function, batch, options, host: jax.Device, *, alone: bool):
     """On the host: the CPU devices of a process are one pool of threads, and one of them works.
 
     No collective runs in the program that decomposes: it would occupy a thread until others join.
+    Alone, a process does all of it.
     """
-    if jax.process_count() == 1:
-        return _alone(function, batch, options)
+
+    def run(batch):
+        with jax.default_device(host):
+            return _alone(function, batch, options)
+
+    if alone or jax.process_count() == 1:
+        return run(batch)
     padded, count = _filled_up(batch, jax.process_count())
 
     def share(leaf: np.ndarray) -> np.ndarray:
         return np.split(leaf, jax.process_count())[jax.process_index()]
 
-    part = _alone(function, jax.tree.map(share, padded), options)
+    part = run(jax.tree.map(share, padded))
     whole = process_allgather(part, tiled=True)
     return jax.tree.map(lambda leaf: leaf[:count], whole)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradot_jax.linalg.decomposition import Algorithm, decompose, default_algorithm
-from gradot_jax.linalg.spread import over_devices
+from gradot_jax.linalg.spread import home_of, host_device, over_devices
 from gradot_jax.parallel import DeviceMesh, put, to_host
 
 ERROR_LIMIT = 1e-4
@@ -74,10 +74,8 @@ def svd(
     """
     chex.assert_rank(matrices, 3)
     if algorithm == "auto":
-        if mesh is None:
-            matrices = jnp.asarray(matrices)
-        devices = matrices.devices() if mesh is None else mesh.mesh.devices.flat
-        algorithm = default_algorithm(next(iter(devices)).platform)
+        home = home_of(matrices, mesh)
+        algorithm = default_algorithm((host_device(home) or home).platform)
     result, found, finite = over_devices(decompose_all, matrices, mesh, algorithm)
     check_finite(finite, "matrix {} of {} to decompose")
     failed = np.flatnonzero(~(np.asarray(found.error) <= ERROR_LIMIT))

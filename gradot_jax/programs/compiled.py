@@ -28,6 +28,7 @@ class Compiled:
         beside: bytes that lie on the device meanwhile and are not its arguments.
         flops: of its matrix products, over all devices.
         seconds: that compiling took.
+        on_host: whether all of that is the host's, and not a device's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Compiled:
     beside: int
     flops: int
     seconds: float
+    on_host: bool = False
 
     @property
     def own(self) -> int:
@@ -53,6 +55,8 @@ class Compiled:
 
     def least_seconds(self, target: Target) -> float:
         """A lower bound of the time that all its runs take: see `programs.cost`."""
+        if self.on_host:
+            return 0.0
         chip = target.chip
         moved = self.arguments + self.outputs - self.aliases
         products = self.flops / (target.count * chip.flops)
@@ -75,8 +79,9 @@ def compile_programs(
     for program in programs:
         began = time.perf_counter()
         traced = program.trace()
-        lowered = traced.lower(lowering_platforms=(platform,))
-        executable = lowered.compile(compiler_options=options)
+        own = "cpu" if program.on_host else platform
+        lowered = traced.lower(lowering_platforms=(own,))
+        executable = lowered.compile(compiler_options=options if own == platform else None)
         memory = executable.memory_analysis()
         yield (
             program,
@@ -91,6 +96,7 @@ def compile_programs(
                 beside=program.beside_bytes,
                 flops=product_flops(traced.jaxpr.jaxpr),
                 seconds=time.perf_counter() - began,
+                on_host=program.on_host,
             ),
             executable,
         )
@@ -98,11 +104,15 @@ def compile_programs(
 
 def peak_of(found: Sequence[Compiled]) -> Compiled:
     """The program at which the devices hold most."""
-    return max(found, key=lambda compiled: compiled.peak)
+    return max(_on_devices(found), key=lambda compiled: compiled.peak)
+
+
+def _on_devices(found: Sequence[Compiled]) -> list[Compiled]:
+    return [compiled for compiled in found if not compiled.on_host]
 
 
 def run_peak(found: Sequence[Compiled]) -> int:
     """Bytes of a device at the peak of a run: programs stay loaded once they have been."""
-    code = sum(compiled.code for compiled in found)
+    code = sum(compiled.code for compiled in _on_devices(found))
     worst = peak_of(found)
     return worst.peak - worst.code + code

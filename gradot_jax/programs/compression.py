@@ -20,7 +20,7 @@ from gradot_jax.compression.score import LayerTerms, ScoreTerms, by_shape
 from gradot_jax.curvature.factors import KroneckerFactors, normalise
 from gradot_jax.curvature.tap import zero_taps
 from gradot_jax.linalg.decomposition import default_algorithm
-from gradot_jax.linalg.spread import one_program
+from gradot_jax.linalg.spread import host_device, one_program
 from gradot_jax.linalg.svd import SVD, decompose_all
 from gradot_jax.linalg.whitened import Whitened, decompose_moments, map_back, whiten
 from gradot_jax.methods.activation_svd import activation_terms
@@ -221,13 +221,15 @@ def _decompositions(run: Run) -> Iterator[Program]:
         together = _stacked(kernels[group[0]], number)
         programs = _whitened_svd if whitened else _plain_svd
         for name, function, batch, options in programs(run, together):
-            jitted, args = one_program(function, batch, mesh, run.place.whole, *options)
+            home = run.place.devices[0]
+            jitted, args = one_program(function, batch, mesh, home, *options)
             yield Program(
                 name=f"{name}, {', '.join(group)}",
                 function=jitted,
                 args=args,
                 times=times,
                 beside=beside,
+                on_host=host_device(home) is not None,
             )
         if whitened:
             known = {site: factors[site] for site in group}
@@ -260,7 +262,8 @@ def _svd_of(matrices: Any) -> SVD:
 
 
 def _plain_svd(run: Run, kernels: Any) -> Iterator[tuple]:
-    algorithm = default_algorithm(run.place.devices[0].platform)
+    home = run.place.devices[0]
+    algorithm = default_algorithm((host_device(home) or home).platform)
     yield f"decomposition ({algorithm})", decompose_all, kernels, (algorithm,)
 
 

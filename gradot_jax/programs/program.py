@@ -103,6 +103,7 @@ class Program:
         kwargs: likewise.
         times: how often a run has it.
         beside: trees of shapes with shardings that lie on the devices meanwhile, beside `args`.
+        on_host: whether it is the work of the host's CPU.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Program:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     times: int = 1
     beside: tuple = ()
+    on_host: bool = False
 
     @property
     def key(self) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from gradot_jax.compression.score import by_shape
 from gradot_jax.linalg.decomposition import default_algorithm
-from gradot_jax.linalg.spread import one_program
+from gradot_jax.linalg.spread import host_device, one_program
 from gradot_jax.linalg.svd import decompose_all
 from gradot_jax.methods.crash.crash import MAX_SEQUENCES, pooled_states
 from gradot_jax.methods.crash.similarity import adjacent_cka
@@ -127,10 +127,18 @@ def _rank_reductions(run: Run) -> Iterator[Program]:
     for group in by_shape({site: kernel.shape for site, kernel in sites.items()}):
         shape = sites[group[0]].shape
         kernels = jax.ShapeDtypeStruct((len(group), *shape), run.dtype)
-        algorithm = default_algorithm(run.place.devices[0].platform)
-        function, args = one_program(decompose_all, kernels, None, alone.whole, algorithm)
+        home = alone.devices[0]
+        host = host_device(home)
+        algorithm = default_algorithm((host or home).platform)
+        function, args = one_program(decompose_all, kernels, None, home, algorithm)
         name = f"decomposition ({algorithm}), {', '.join(group)}"
-        yield Program(name=name, function=function, args=args, times=run.num_middle)
+        yield Program(
+            name=name,
+            function=function,
+            args=args,
+            times=run.num_middle,
+            on_host=host is not None,
+        )
         parts, _, _ = jax.eval_shape(lambda k, a=algorithm: decompose_all(k, a), kernels)
         yield Program(
             name=f"components apart, {', '.join(group)}",

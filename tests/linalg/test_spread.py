@@ -32,3 +32,28 @@ def test_results_are_whole_on_every_device(shape):
     np.testing.assert_array_equal(whole, BATCH["a"].sum(-1) * 2)
     assert whole.sharding.is_fully_replicated
     assert len(whole.sharding.device_set) == (1 if mesh is None else mesh.mesh.size)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2)])
+def test_of_tpus_the_host_does_the_work_and_they_get_the_result(shape, monkeypatch):
+    # A CPU device as one, of which the process has the CPU beside it.
+    class TPU:
+        platform = "tpu"
+
+    worked, honest, beside = [], spread._alone, jax.devices()[5]
+
+    def watched(function, batch, options):
+        result = honest(function, batch, options)
+        worked.extend(leaf.devices() for leaf in jax.tree.leaves(result))
+        return result
+
+    mesh = shape and make_mesh(*shape)
+    batch = BATCH if mesh else jax.device_put(BATCH, beside)
+    assert spread.host_device(TPU()) == jax.local_devices(backend="cpu")[0]
+    monkeypatch.setattr(spread, "_alone", watched)
+    host = jax.devices()[6]
+    monkeypatch.setattr(spread, "host_device", lambda device: host)
+    whole = spread.over_devices(product, batch, mesh, 2)["product"]
+    np.testing.assert_array_equal(whole, BATCH["a"].sum(-1) * 2)
+    assert worked == [{host}]
+    assert whole.devices() == ({beside} if mesh is None else set(mesh.mesh.devices.flat))
