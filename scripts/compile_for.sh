@@ -2,9 +2,7 @@
 # Compiles every program for TPUs and GPUs that need not be here, at small shapes, and checks what
 # their compilers make of them: about four minutes on two cores after the downloads (1.3 GB, which
 # lie in .venv-compile). Arguments go to pytest.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-GRADOT_VENV=.venv-compile
-# shellcheck source=setup_venv.sh
-source scripts/setup_venv.sh
+export GRADOT_VENV=.venv-compile
+cd "$(dirname "${BASH_SOURCE[0]}")/.." && source scripts/setup_venv.sh
 setup_venv test tpu compile-gpu
 exec "$GRADOT_PYTHON" -m pytest tests/benchmarks/test_compile_for.py "$@"
