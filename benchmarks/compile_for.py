@@ -4,9 +4,10 @@
         --out benchmarks/results/compiled/v5e-2x4.json
 
 Nothing is run. OUT holds a record for each program, by model, dtype, mesh and name; what is there
-is not compiled again. `--programs` names some; by default it is all of a compression by `gradot`,
-of tuning its emulator and of evaluating it, at the shapes of `workloads.py`. A program that does
-not compile has the reason in its place.
+is not compiled again. `--programs` names some, without the method before the colon; by default it
+is all of a compression by each of `METHODS`, of tuning an emulator and of evaluating it, at the
+shapes of `workloads.py`. A program that does not compile has the reason in its place, and is tried
+again.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from typing import Any
 from gradot_jax.programs.target import Target, parse_target, prepare_environment, target_devices
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-DTYPES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "f64": 8}
+DTYPES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+METHODS = ("gradot", "gradot+", "activation-svd", "offsite-tuning", "scaleot", "crash")
 HOST = ("infeed", "outfeed", "send(", "recv(", "host_compute", "MoveToHost", "xla_python_cpu")
 
 _COMPUTATION = re.compile(
@@ -79,31 +81,46 @@ def array_bytes(shape: str) -> int:
     return total
 
 
+def result_bytes(shape: str, kind: str, *, started: bool) -> int:
+    """Bytes of a collective's result: one that is started yields its operand as well."""
+    if started and kind in ("all-gather", "collective-permute"):
+        arrays = [f"{dtype}[{sizes}]" for dtype, sizes in _ARRAY.findall(shape)]
+        # Numbers without a size are of the bookkeeping.
+        arrays = [array for array in arrays if not array.endswith("[]")]
+        return array_bytes(" ".join(arrays[len(arrays) // 2 :]))
+    return array_bytes(shape)
+
+
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """Number and bytes of results of each kind, by `KIND` and `KIND in loops`."""
     found = computations(text)
     loops, counted = in_loops(found), dict[str, dict[str, int]]()
     kinds = "|".join(COLLECTIVES)
-    pattern = re.compile(rf"= (.*?) ({kinds})(?:-start)?\(")
+    pattern = re.compile(rf"= (.*?) ({kinds})(-start)?\(")
     for name, lines in found.items():
         for line in lines:
             if match := pattern.search(line):
                 key = match[2] + (" in loops" if name in loops else "")
                 entry = counted.setdefault(key, {"count": 0, "bytes": 0})
                 entry["count"] += 1
-                entry["bytes"] += array_bytes(match[1])
+                entry["bytes"] += result_bytes(match[1], match[2], started=bool(match[3]))
     return counted
 
 
 def programs_of(workload: Any, place: Any) -> Iterator[Any]:
-    """All of a compression by `gradot`, of tuning its emulator and of evaluating that."""
+    """Those of compressions by methods of every kind, of tuning an emulator and evaluating it."""
     from benchmarks.phases import optimizer
     from gradot_jax.programs.commands import compression_programs
     from gradot_jax.programs.evaluation import decoding_programs, evaluation_programs
 
     # The step first: it is what a data owner rents chips for.
     yield from workload.tuning(place, optimizer())
-    yield from compression_programs(workload.compression(place))
+    known = set()
+    for method in METHODS:
+        for program in compression_programs(workload.compression(place, method=method)):
+            if program.key not in known:
+                known.add(program.key)
+                yield dataclasses.replace(program, name=f"{method}: {program.name}")
     emulator = workload.emulator_shapes().assemble()
     sizes = {"batch_size": workload.batch_size, "length": workload.length}
     for kind in ("text", "answers"):
@@ -148,7 +165,9 @@ def compile_all(
                 )
                 for program in programs_of(workload, place):
                     key = f"{model} {dtype} {data}x{axis} {program.name}"
-                    if key in record["programs"] or (wanted and program.name not in wanted):
+                    short = program.name.rpartition(": ")[2]
+                    there = record["programs"].get(key, {"failed": ""})
+                    if "failed" not in there or (wanted and short not in wanted):
                         continue
                     print(key, file=sys.stderr, flush=True)
                     try:
@@ -190,6 +209,8 @@ def kernel_faults(text: str, dtype: str, program: Any) -> list[str]:
     whole = {f"[{','.join(map(str, leaf.shape))}]" for leaf in stacks if leaf.shape[0] > 1}
     parts = {leaf.sharding.shard_shape(leaf.shape) for leaf in stacks}
     parts |= {leaf.shape for leaf in stacks}
+    # And of a layer alone, as it is applied.
+    parts |= {shape[1:] for shape in parts} | {(1, *shape[1:]) for shape in parts}
     wide = {f"f32[{','.join(map(str, shape))}]" for shape in parts} if dtype != "float32" else ()
     found = computations(text)
     loops, faults = in_loops(found), set()

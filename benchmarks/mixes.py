@@ -36,7 +36,7 @@ from gradot_jax.comparison.testbed import Testbed
 from gradot_jax.compression.budget import channel_pool, rank_pool, uniform_counts
 from gradot_jax.compression.channel import cut_channels
 from gradot_jax.compression.rank import cut_rank, keep_order
-from gradot_jax.compression.score import channel_terms, component_terms
+from gradot_jax.compression.score import channel_terms, component_terms, moved_columns
 from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.errors import InputError
 from gradot_jax.evaluation.record import environment, write_result
@@ -103,15 +103,18 @@ def _key_heads(config: ModelConfig) -> int:
 def feature_scores(
     layer: Mapping[str, Dense], factors: Mapping[str, KroneckerFactors], out: str
 ) -> dict[str, np.ndarray]:
-    """`||A Delta G||_1` for each column of q, k and v, and each row of the output map, alone."""
+    """`||A Delta G||_1` for each column of q, k and v, and each row of the output map, alone.
+
+    A column goes with its bias.
+    """
 
     def of_site(site: str) -> jax.Array:
         a, g = factors[site].input_covariance, factors[site].gradient_covariance
-        kernel = layer[site].kernel.astype(jnp.float32)
+        if site != out:
+            return jnp.abs(moved_columns(layer[site], factors[site])).sum(0) * jnp.abs(g).sum(0)
         with jax.default_matmul_precision("highest"):
-            if site == out:
-                return jnp.abs(a).sum(0) * jnp.abs(kernel @ g).sum(1)
-            return jnp.abs(a @ kernel).sum(0) * jnp.abs(g).sum(0)
+            kernel = layer[site].kernel.astype(jnp.float32)
+            return jnp.abs(a).sum(0) * jnp.abs(kernel @ g).sum(1)
 
     return {site: np.asarray(of_site(site)) for site in layer}
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by its neighbours: `setup_venv EXTRA...` makes .venv in the current folder and sets
-# GRADOT_PYTHON to its interpreter; GRADOT_VENV is another folder than .venv. A GRADOT_PYTHON from outside is used as it is, nothing is
-# installed.
+# Sourced by its neighbours: `setup_venv EXTRA...` makes .venv in the current folder, or the folder
+# that GRADOT_VENV names, and sets GRADOT_PYTHON to its interpreter. A GRADOT_PYTHON from outside is
+# used as it is, nothing is installed.
 set -euo pipefail
 
 setup_venv() {

@@ -129,12 +129,12 @@ class Streams(NamedTuple):
 
     Attributes:
         batches: S batches of equal shape, on the devices.
-        hidden: their residual streams, `[S, B, T, D]`.
+        hidden: their residual streams, `[S, B, T, D]`; None once they have moved on.
         mask: `[S, B, T]`, 1 at real tokens.
     """
 
     batches: list[Batch]
-    hidden: jax.Array
+    hidden: jax.Array | None
     mask: jax.Array
 
 
@@ -189,11 +189,16 @@ def embed_batch(config: ModelConfig, shell: Any, batch: Batch, dtype) -> jax.Arr
     return embed(config, shell, batch.input_ids, batch.attention_mask, dtype)
 
 
-@cache
 def layer_function(
     config: ModelConfig, window: int | None = None, skip_positions: int = 0
 ) -> ApplyLayer:
     """One function object per arguments, so that a pass compiles once for each."""
+    # A cache tells arguments by how they were written, and not by what they are.
+    return _layer_function(config, window, skip_positions)
+
+
+@cache
+def _layer_function(config: ModelConfig, window: int | None, skip_positions: int) -> ApplyLayer:
     return partial(apply_layer, config, window=window, skip_positions=skip_positions)
 
 

@@ -43,12 +43,12 @@ FisherKind = Literal["empirical", "mc"]
 
 
 class CalibrationPass(NamedTuple):
-    """State between the forward pass and the backward sweep.
+    """State between the forward pass and the backward sweep, which empties its lists.
 
     Attributes:
-        boundaries: inputs of each middle layer, `[S, B, T, D]`; the sweep empties the list.
+        boundaries: inputs of each middle layer, `[S, B, T, D]`.
         masks: `[S, B, T]`.
-        cotangents: at the output of the middle.
+        cotangents: the one at the output of the middle.
         loss: mean next-token loss in nats.
         num_tokens: tokens that the factors count, N.
         num_sequences: sequences seen.
@@ -58,7 +58,7 @@ class CalibrationPass(NamedTuple):
 
     boundaries: list[jax.Array]
     masks: jax.Array
-    cotangents: Cotangents
+    cotangents: list[Cotangents]
     loss: float
     num_tokens: int
     num_sequences: int
@@ -108,7 +108,8 @@ def run_forward(
     num_tokens = _count(streams.mask, skip_positions)
     windows = attention_windows(config, params.num_layers)
     boundaries: list[jax.Array] = []
-    hidden = streams.hidden
+    # Whoever holds a stream that nobody reads any more holds as much as a boundary.
+    hidden, streams = streams.hidden, streams._replace(hidden=None)
     layers = range(params.num_layers)
     for index in track(layers, "calibration forward", enabled=progress):
         if index >= split.num_bottom:
@@ -124,11 +125,10 @@ def run_forward(
         true_too=with_gradient and sampled,
         seed=seed,
     )
-    del hidden
-    loss = sums.loss / sums.count
+    loss, cotangents = sums.loss / sums.count, sums.cotangents
+    del hidden, sums
     if not math.isfinite(loss):
         raise InputError("the model's loss on the calibration text is not finite")
-    cotangents = sums.cotangents
     for index in reversed(range(params.num_layers - split.num_top, params.num_layers)):
         _, cotangents = sweep_layer(
             layer_function(config, windows[index]),
@@ -140,7 +140,7 @@ def run_forward(
             with_gradient=False,
         )
     return CalibrationPass(
-        boundaries, streams.mask, cotangents, loss, num_tokens, sequences, skip_positions, mesh
+        boundaries, streams.mask, [cotangents], loss, num_tokens, sequences, skip_positions, mesh
     )
 
 
@@ -156,7 +156,7 @@ def sweep_middle(
 ) -> Iterator[tuple[int, dict[str, KroneckerFactors]]]:
     """The backward half: factors per site for each middle layer, from the top one down.
 
-    Boundaries are released as the sweep passes them, so a `CalibrationPass` serves once.
+    What the sweep has passed is released, so a `CalibrationPass` serves once.
 
     Args:
         config: the model's configuration.
@@ -170,7 +170,7 @@ def sweep_middle(
     Yields:
         (index in the middle, factors by site); factors of one layer at a time.
     """
-    cotangents, mesh = forward_pass.cotangents, forward_pass.mesh
+    cotangents, mesh = forward_pass.cotangents.pop(), forward_pass.mesh
     windows = attention_windows(config, params.num_layers)
     wanted = [i for i in range(len(forward_pass.boundaries)) if i not in finished]
     for layer in reversed(range(min(wanted, default=0), len(forward_pass.boundaries))):
@@ -214,7 +214,8 @@ def sweep_inputs(
         (index in the middle, factors by site, of inputs only), from the bottom layer up.
     """
     _, streams, _ = _start(config, params, split, batches, mesh, dtype)
-    hidden, num_tokens = streams.hidden, _count(streams.mask, skip_positions)
+    num_tokens = _count(streams.mask, skip_positions)
+    hidden, streams = streams.hidden, streams._replace(hidden=None)
     windows = attention_windows(config, params.num_layers)
     for index in range(params.num_layers - split.num_top):
         block = place_layer(params, index, mesh)
@@ -225,7 +226,9 @@ def sweep_inputs(
             continue
         taps = _place_taps(zero_taps(block, with_outputs=False), mesh)
         moments, hidden = input_moments(apply, block, taps, hidden, streams.mask)
-        yield layer, _site_factors(block.layout, LayerSums(moments, None), num_tokens)
+        factors = _site_factors(block.layout, LayerSums(moments, None), num_tokens)
+        del block, taps, moments
+        yield layer, factors
 
 
 def kronecker_factors(

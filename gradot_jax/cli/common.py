@@ -85,7 +85,8 @@ class OnHosts(OnDevices):
         coordinator: `host:port` of process 0.
         num_processes: of the run.
         process_id: of this process, from 0.
-        dry_run: run nothing; say what the run would store and the memory that it takes.
+        dry_run: run nothing; say the memory that the run takes, and of a compression what it would
+            store.
         target: with --dry-run, chips that need not be here: a TPU slice such as v5e:2x4, or GPUs
             of one host such as h100x8. The run's programs are compiled for them, by their own
             compiler, and what each takes of a device is printed.

@@ -90,6 +90,7 @@ class Compress(OnHosts):
         check_new(self.out, overwrite=self.overwrite)
         if self.num_sequences < 1 or self.batch_size < 1:
             raise InputError("num_sequences and batch_size must be at least 1")
+        place = self.place()
         from gradot_jax.calibration.fidelity import gradient_fidelity
         from gradot_jax.cli.data import open_tokenizer
         from gradot_jax.data.records import read_records
@@ -98,7 +99,6 @@ class Compress(OnHosts):
         from gradot_jax.models.split import AdapterSpec
         from gradot_jax.models.weight_files import checkpoint_folder
 
-        place = self.place()
         mesh = place.mesh
         folder = checkpoint_folder(self.model, self.revision)
         config, original = load_model(folder, memory_map=True)
@@ -211,7 +211,8 @@ class Compress(OnHosts):
             split=split,
             options=self.options,
             place=place,
-            stored=params.shell.embed_tokens.dtype,
+            # Methods that need the whole model load it in the dtype of the arithmetic.
+            stored=params.shell.embed_tokens.dtype if self.options.record.streams else self.dtype,
             dtype=self.dtype,
             batch_size=size,
             num_batches=len(text.calibration),

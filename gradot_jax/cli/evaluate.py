@@ -76,6 +76,7 @@ class Evaluate(OnHosts, OnModel):
         place = self.place()
         from gradot_jax.cli.data import example_length, examples_of, open_tokenizer
         from gradot_jax.data.records import ChoiceRecords, TextRecords, read_records
+        from gradot_jax.evaluation.multiple_choice import tokenise
         from gradot_jax.models.checkpoint import load_config
         from gradot_jax.models.params import model_shapes
         from gradot_jax.models.weight_files import checkpoint_folder
@@ -92,13 +93,14 @@ class Evaluate(OnHosts, OnModel):
             config = manifest.config
             emulator = emulator_shapes(config, manifest.split, manifest.emulator, self.dtype)
             params = emulator.assemble()
-        records, batches = read_records(str(self.data)), 1
+        records, tokenizer = read_records(str(self.data)), open_tokenizer(folder, config)
         length = example_length(config, self.sequence_length)
+        if isinstance(records, ChoiceRecords):
+            examples = tokenise(config, tokenizer, records, max_length=length).examples
+        else:
+            examples = examples_of(tokenizer, config, records, length)
+        count, length = examples.input_ids.shape
         batch_size = -(-self.batch_size // place.data) * place.data
-        if not isinstance(records, ChoiceRecords):
-            examples = examples_of(open_tokenizer(folder, config), config, records, length)
-            count, length = examples.input_ids.shape
-            batches = -(-count // batch_size)
         programs = evaluation_programs(
             config,
             params,
@@ -106,7 +108,7 @@ class Evaluate(OnHosts, OnModel):
             batch_size=batch_size,
             length=length,
             kind="text" if isinstance(records, TextRecords) else "answers",
-            batches=batches,
+            batches=-(-count // batch_size),
         )
         self.say_needs(place, programs)
 

@@ -136,8 +136,7 @@ class Finetune(OnHosts):
             )
             validation = list(eval_batches(held_out, batch_size))
         if self.dry_run:
-            length = examples.input_ids.shape[1]
-            self._foresee(bundle, optimizer, place, batch_size, length, len(validation or ()))
+            self._foresee(bundle, optimizer, place, batch_size, examples, validation or [])
             return
         with one_writer(self.out) as writes:
             if writes and self.overwrite:
@@ -181,25 +180,27 @@ class Finetune(OnHosts):
                 save_adapter(self.out / "adapter", adapter, bundle, overwrite=self.resume)
                 print(f"{self.out / 'adapter'}: to return to the model's owner")
 
-    def _foresee(self, manifest, optimizer, place, batch_size: int, length: int, batches) -> None:
-        """Says what the programs take of each device."""
+    def _foresee(self, manifest, optimizer, place, batch_size: int, examples, validation) -> None:
+        """Says what the programs take of each device; of a search, what one rate takes."""
         from gradot_jax.programs.commands import emulator_shapes
         from gradot_jax.programs.training import finetuning_programs
 
         config = manifest.config
         model = emulator_shapes(config, manifest.split, manifest.emulator, "float32")
-        times = -(-self.num_steps // (self.evaluate_every or max(self.num_steps // 10, 1))) + 1
+        every = self.evaluate_every or max(self.num_steps // 10, 1)
         programs = finetuning_programs(
             config,
             model,
             optimizer,
             place,
             batch_size=batch_size,
-            length=length,
+            length=examples.input_ids.shape[1],
             dtype=self.dtype,
             remat=self.remat,
             num_steps=self.num_steps,
-            validations=times * batches,
+            validations=(-(-self.num_steps // every) + 1) * len(validation),
+            validation_length=validation[0].input_ids.shape[1] if validation else None,
+            received=model,
         )
         self.say_needs(place, programs)
 

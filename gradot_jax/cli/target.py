@@ -47,10 +47,17 @@ def say_whether_it_fits(
     """
     from gradot_jax.programs.compiled import compile_programs, peak_of, run_peak
 
-    found = []
+    found: list[Compiled] = []
     for index, program in enumerate(programs, 1):
         say(f"compiling {index} of {len(programs)}: {program.name}", to=sys.stderr)
-        ((_, compiled, _),) = compile_programs([program], place.platform)
+        try:
+            ((_, compiled, _),) = compile_programs([program], place.platform)
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # A compiler that knows its chip's memory refuses what exceeds it.
+            say(*_table(found), "", _too_large(program.name, helps))
+            return
         found.append(compiled)
     say(*_table(found))
     worst, peak = peak_of(found), run_peak(found)
@@ -60,7 +67,8 @@ def say_whether_it_fits(
         say("", *lines, line("at the peak", f"{mebibytes(peak)} a device"), where)
         return
     share = peak / target.chip.memory
-    least = sum(compiled.least_seconds(target) for compiled in found)
+    devices = len(place.devices)
+    least = sum(compiled.least_seconds(target.chip, devices) for compiled in found)
     say(
         "",
         line("compiled for", f"{target.name}, {_mesh(place)}; nothing was run"),
@@ -71,11 +79,15 @@ def say_whether_it_fits(
         where,
         line("at least", f"{least:.3g} s: products and arrays over published peaks"),
     )
-    if target.num_hosts > 1:
-        say(line("hosts", f"{target.num_hosts}, each with {target.chip.host} of the chips"))
+    if place.num_hosts > 1:
+        say(line("hosts", f"{place.num_hosts}, which run the same command with --distributed"))
     if share > 1:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in helps)
-        say(f"it does not fit: {options} make it need less, and so do more or larger chips")
+        say(_too_large(worst.name, helps))
+
+
+def _too_large(name: str, helps: Sequence[str]) -> str:
+    options = ", ".join(f"--{option.replace('_', '-')}" for option in helps)
+    return f"{name} does not fit: {options} make it need less, and so do more or larger chips"
 
 
 def _mesh(place: "Place") -> str:
@@ -86,14 +98,14 @@ def _mesh(place: "Place") -> str:
 
 
 def _table(found: "Sequence[Compiled]") -> list[str]:
-    # Where all of it is the host's, nobody need be told.
-    other = not all(compiled.on_host for compiled in found)
-    width = max(len(compiled.name) for compiled in found) + 7
+    """A row for each program; of those that are the host's all bytes are its own."""
+    names = [f"{c.name} (host)" if c.on_host else c.name for c in found]
+    width = max(map(len, names), default=0)
     head = "".join(f"{name:>9}" for name in _COLUMNS)
     lines = [f"{'MiB of each device':<{width}}{head}{'times':>7}"]
-    for c in found:
-        sizes = (c.arguments, c.outputs, c.aliases, c.temporaries, c.code, c.beside, c.peak)
+    for name, c in zip(names, found, strict=True):
+        beside, peak = (0, c.own) if c.on_host else (c.beside, c.peak)
+        sizes = (c.arguments, c.outputs, c.aliases, c.temporaries, c.code, beside, peak)
         cells = "".join(f"{size / 2**20:>9,.1f}" for size in sizes)
-        name = f"{c.name} (host)" if c.on_host and other else c.name
         lines.append(f"{name:<{width}}{cells}{c.times:>7}")
     return lines

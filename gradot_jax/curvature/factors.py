@@ -25,8 +25,8 @@ class KroneckerFactors(NamedTuple):
         input_covariance: A, `[D_in, D_in]`, not centred.
         input_mean: `[D_in]`, the border of A for the bias.
         gradient_covariance: G, `[D_out, D_out]`; None where only inputs were looked at.
-        gradient: dW and db of the summed loss over N, `[D_in, D_out]` and `[D_out]`; None if not
-            asked for.
+        gradient: dW and db of the summed loss of all tokens over N, `[D_in, D_out]` and
+            `[D_out]`; None if not asked for.
         removal_fisher: M, `[D_in, D_in]`, with `M_jk = (1/N) sum_n r_nj r_nk` and
             `r_n = x_n * (W g_n)`: for a set S of inputs that are zeroed, `1_S^T M 1_S` is the
             Fisher's quadratic form with no Kronecker approximation; None if not asked for.

@@ -34,8 +34,8 @@ def over_devices(
         function: of a tree of arrays `[n, ...]`, each of the n for itself, to a tree of such.
         batch: tree of arrays `[N, ...]`, on the host or on any devices; with several processes
             equal in all of them.
-        mesh: devices to spread N over, of CPUs the processes, filled up with zeros to a multiple of
-            their number; None for one device.
+        mesh: devices to spread N over, of CPUs and TPUs the processes, filled up with zeros to a
+            multiple of their number; None for one device.
         *options: hashable.
 
     Returns:
@@ -72,6 +72,12 @@ def host_device(device: jax.Device) -> jax.Device | None:
     except RuntimeError:
         # JAX_PLATFORMS leaves the CPU out.
         return None
+
+
+def num_workers(mesh: DeviceMesh) -> int:
+    """How many take shares of a batch: the devices, or the processes where hosts do the work."""
+    own = host_device(mesh.mesh.devices.flat[0]) is None
+    return mesh.mesh.size if own else jax.process_count()
 
 
 def one_program(

@@ -21,7 +21,12 @@ from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.linalg.svd import SVD
 from gradot_jax.linalg.whitened import whitened_svd
 from gradot_jax.methods.allocation import layer_pools, uniform_layer_counts
-from gradot_jax.methods.options import AttentionBasis, AttentionScore, ChannelScore
+from gradot_jax.methods.options import (
+    AttentionBasis,
+    AttentionScore,
+    ChannelScore,
+    CompressionOptions,
+)
 from gradot_jax.methods.problem import Outcome, Problem
 from gradot_jax.methods.scored import (
     WHITENING_DAMPING,
@@ -33,6 +38,7 @@ from gradot_jax.methods.scored import (
     required,
     shrink_layers,
 )
+from gradot_jax.models.family import ModelConfig
 from gradot_jax.nn.layout import Layout
 from gradot_jax.parallel import DeviceMesh
 
@@ -41,25 +47,23 @@ _COMPONENT_TERMS = {"l1": component_terms, "quadratic": quadratic_terms, "whiten
 
 def compress(problem: Problem) -> Outcome:
     """The paper's formulas by default; options name each departure."""
-    options = problem.options
-    rule = gradot_rule(
+    rule = rule_of(problem.config, problem.options, len(problem.middle))
+    return shrink_layers(problem, lambda layer: rule)
+
+
+def rule_of(config: ModelConfig, options: CompressionOptions, num_layers: int) -> ScoringRule:
+    """The rule that options name, for a middle of so many layers."""
+    count = None
+    if options.channel_score == "gcs-set":
+        counts = uniform_layer_counts(layer_pools(config, options), options, num_layers)
+        count = None if counts is None else counts.channels
+    return gradot_rule(
         options.attention_score,
         options.attention_basis,
         options.channel_score,
         options.lambda_mlp or 0.0,
-        _known_count(problem),
+        count,
     )
-    return shrink_layers(problem, lambda layer: rule)
-
-
-def _known_count(problem: Problem) -> int | None:
-    """Channels that every layer keeps, for a search that asks; None where scores decide."""
-    options = problem.options
-    if options.channel_score != "gcs-set":
-        return None
-    pools = layer_pools(problem.config, options)
-    counts = uniform_layer_counts(pools, options, len(problem.middle))
-    return None if counts is None else counts.channels
 
 
 def gradot_rule(

@@ -19,6 +19,7 @@ from gradot_jax.curvature.factors import KroneckerFactors
 from gradot_jax.errors import InputError
 from gradot_jax.files.digest import tree_digest
 from gradot_jax.files.pages import release_pages
+from gradot_jax.linalg.spread import num_workers
 from gradot_jax.linalg.svd import SVD, svd
 from gradot_jax.methods.allocation import (
     LayerCounts,
@@ -213,7 +214,7 @@ def _open_store(problem: Problem) -> LayerStore:
     return LayerStore(
         problem.checkpoints,
         {
-            "options": dataclasses.asdict(problem.options),
+            "options": problem.options.identity,
             "split": dataclasses.asdict(problem.split),
             "config": config_identity(problem.config),
             "weights": tree_digest(problem.params),
@@ -270,7 +271,7 @@ def _original(problem: Problem, layer: int) -> Block:
 
 
 class _BatchedDecompositions:
-    """Decompositions that need no factors, of as many layers at once as a mesh has devices for."""
+    """Decompositions that need no factors, of as many layers at once as there are workers for."""
 
     def __init__(self, problem: Problem, layers: list[int]):
         self._problem, self._layers = problem, layers
@@ -284,7 +285,7 @@ class _BatchedDecompositions:
         if layer not in self._known:
             start = self._layers.index(layer)
             sites = len(self._problem.config.family.layout.low_rank)
-            group = self._layers[start : start + max(mesh.mesh.size // sites, 1)]
+            group = self._layers[start : start + max(num_workers(mesh) // sites, 1)]
             blocks = [_original(self._problem, member) for member in group]
             parts = decompose_layers(blocks, [None] * len(group), rule, mesh)
             self._known |= zip(group, parts, strict=True)

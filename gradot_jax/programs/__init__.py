@@ -1,1 +1,1 @@
-"""What is compiled: every program of the pipeline, from shapes alone, for whatever chips."""
+"""What is compiled: the jitted programs of the pipeline, from shapes alone, for whatever chips."""

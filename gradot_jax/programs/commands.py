@@ -6,6 +6,7 @@ import jax
 from jax.typing import DTypeLike
 
 from gradot_jax.compression.plan import EmulatorSpec
+from gradot_jax.errors import InputError
 from gradot_jax.models.family import ModelConfig
 from gradot_jax.models.params import model_shapes
 from gradot_jax.models.split import AdapterSpec, adapter_of
@@ -28,12 +29,15 @@ def compression_programs(run: Run) -> list[Program]:
         own = trained.harmonizer_programs(run)
     elif "crash" in method.options:
         own = trained.similarity_programs(run)
-    else:
+    elif method.reads == "weights":
         own = iter(())
+    else:
+        raise InputError(f"--target: the programs of {method.name} are not listed")
     # What is one program at two moments is compiled once.
     found: dict[Any, Program] = {}
     for program in (*own, *compression.comparison_programs(run)):
-        found.setdefault(program.key, program)
+        before = found.get(program.key)
+        found[program.key] = program if before is None else before.and_again(program)
     return list(found.values())
 
 

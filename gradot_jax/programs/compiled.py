@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from gradot_jax.programs.cost import product_flops
+from gradot_jax.programs.cost import least_flops
 from gradot_jax.programs.program import Program
-from gradot_jax.programs.target import Target
+from gradot_jax.programs.target import Chip
 
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
 """Autotuning times kernels, and there is nothing to time them on."""
@@ -53,13 +53,16 @@ class Compiled:
         """Bytes of the device while it runs."""
         return self.own + self.beside
 
-    def least_seconds(self, target: Target) -> float:
-        """A lower bound of the time that all its runs take: see `programs.cost`."""
+    def least_seconds(self, chip: Chip, num_devices: int) -> float:
+        """A lower bound of the time that all its runs take on so many devices.
+
+        Products at the peak in bfloat16, whatever their dtype, or arrays once at that of the
+        memory; of a program without products the results alone, since it may read few arguments.
+        """
         if self.on_host:
             return 0.0
-        chip = target.chip
-        moved = self.arguments + self.outputs - self.aliases
-        products = self.flops / (target.count * chip.flops)
+        moved = self.outputs - self.aliases + (self.arguments if self.flops else 0)
+        products = self.flops / (num_devices * chip.flops)
         return self.times * max(products, moved / chip.bandwidth)
 
 
@@ -94,7 +97,7 @@ def compile_programs(
                 temporaries=memory.temp_size_in_bytes,
                 code=memory.generated_code_size_in_bytes,
                 beside=program.beside_bytes,
-                flops=product_flops(traced.jaxpr.jaxpr),
+                flops=least_flops(traced),
                 seconds=time.perf_counter() - began,
                 on_host=program.on_host,
             ),

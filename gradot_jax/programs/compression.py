@@ -1,5 +1,6 @@
 """The programs of a compression: its calibration, its scores, and the comparison of gradients."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,8 +25,8 @@ from gradot_jax.linalg.spread import host_device, one_program
 from gradot_jax.linalg.svd import SVD, decompose_all
 from gradot_jax.linalg.whitened import Whitened, decompose_moments, map_back, whiten
 from gradot_jax.methods.activation_svd import activation_terms
-from gradot_jax.methods.allocation import lambdas, layer_orders, layer_pools, uniform_layer_counts
-from gradot_jax.methods.gradot import gradot_rule
+from gradot_jax.methods.allocation import lambdas, layer_orders
+from gradot_jax.methods.gradot import rule_of
 from gradot_jax.methods.magnitude import magnitude_terms
 from gradot_jax.methods.scored import WHITENING_DAMPING, stack_on_device, unstack_on_device
 from gradot_jax.models.family import channel_count
@@ -49,22 +50,20 @@ def scoring_programs(run: Run) -> Iterator[Program]:
 def _calibration(run: Run) -> Iterator[Program]:
     place, options, count = run.place, run.options, run.num_batches
     layer, stream, mask = place.params(run.block), run.stream(count), run.mask(count)
-    one = jax.tree.map(lambda leaf: leaf, run.stream(1))
-    hidden = place.array(one.shape[1:], run.dtype, "data")
-    true_too = options.fisher == "mc" and options.reads_gradient
-    text = run.batch
+    cotangents, above = run.cotangents, run.num_layers - run.split.num_bottom
     yield Program(
         name="embedding",
         function=embed_batch,
-        args=(run.config, run.shell, text, jnp.dtype(run.dtype)),
+        args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
         times=count,
+        beside=(stream,),
     )
     yield Program(
         name="calibration forward, one layer",
         function=forward_layer,
         args=(run.apply(), layer, stream, mask),
         times=run.num_layers,
-        beside=(run.shell, run.boundaries),
+        beside=(run.shell, run.boundaries(above - 1)),
     )
     key = place.replicated(jax.eval_shape(lambda: jax.random.key(0)))
     yield Program(
@@ -73,89 +72,99 @@ def _calibration(run: Run) -> Iterator[Program]:
         args=(
             run.config,
             run.shell,
-            hidden,
-            text,
+            place.array(stream.shape[1:], run.dtype, "data"),
+            run.batch,
             key if options.fisher == "mc" else None,
-            true_too,
+            cotangents.loss is not None,
         ),
         times=count,
-        beside=(run.boundaries, stream, stream, *([stream] if true_too else [])),
+        # The last layer's output, and cotangents batch by batch.
+        beside=(run.boundaries(above), stream, cotangents),
     )
-    cotangents = Cotangents(stream, stream if true_too else None)
     yield Program(
         name="way back through the top, one layer",
         function=sweep_layer,
         args=(run.apply(), layer, None, stream, mask, cotangents),
         kwargs={"with_gradient": False},
         times=run.split.num_top,
-        beside=(run.shell, run.boundaries),
+        beside=(run.shell, run.boundaries(above - 1)),
     )
     taps = jax.eval_shape(
         partial(zero_taps, with_removals=options.channel_score == "token-fisher"), run.block
     )
-    skip = options.skip_positions or 0
+    around = run.boundaries(run.num_middle - 1)
     yield Program(
         name="factor sweep, one layer",
         function=sweep_layer,
-        args=(run.apply(skip), layer, place.factors(taps), stream, mask, cotangents),
+        args=(
+            run.apply(options.skip_positions or 0),
+            layer,
+            place.factors(taps),
+            stream,
+            mask,
+            cotangents,
+        ),
         kwargs={"with_gradient": options.reads_gradient},
         times=run.num_middle,
-        beside=(run.shell, run.boundaries),
+        beside=around,
     )
-    yield from _normalisations(run, taps, (run.shell, run.boundaries, cotangents))
+    yield from _normalisations(run, taps, (around, cotangents))
 
 
 def _input_pass(run: Run) -> Iterator[Program]:
     place, count = run.place, run.num_batches
     layer, stream, mask = place.params(run.block), run.stream(count), run.mask(count)
     taps = jax.eval_shape(partial(zero_taps, with_outputs=False), run.block)
+    apply = run.apply(run.options.skip_positions or 0)
     yield Program(
         name="embedding",
         function=embed_batch,
         args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
         times=count,
+        beside=(stream,),
     )
     yield Program(
         name="calibration forward, one layer",
         function=forward_layer,
-        args=(run.apply(), layer, stream, mask),
+        args=(apply, layer, stream, mask),
         times=run.split.num_bottom,
-        beside=(run.shell,),
     )
     yield Program(
         name="moments of inputs, one layer",
         function=input_moments,
-        args=(
-            run.apply(run.options.skip_positions or 0),
-            layer,
-            place.factors(taps),
-            stream,
-            mask,
-        ),
+        args=(apply, layer, place.factors(taps), stream, mask),
         times=run.num_middle,
-        beside=(run.shell,),
     )
-    yield from _normalisations(run, taps, (run.shell, stream))
+    yield from _normalisations(run, taps, (stream,))
 
 
 def _normalisations(run: Run, taps: Any, beside: tuple) -> Iterator[Program]:
-    """From sums to factors, one program for each shape of a map."""
+    """From sums to factors, one program for each kind of map."""
     block, layout = run.block, run.block.layout
     sums = LayerSums(run.place.factors(taps), _gradients(run))
     kinds = {s.name: _kind(block, s, layout, sums.gradient) for s in layout.sites}
+    factors = _factors(run) or {}
     for group in by_shape(kinds):
         site = next(s for s in layout.sites if s.name == group[0])
         outputs = None if taps.outputs is None else sums.taps.outputs[site.name]
         removals = sums.taps.removals if site.name == layout.channels.out else None
         gradient = None if sums.gradient is None else getattr(sums.gradient, site.name)
-        args = (sums.taps.inputs[site.reads], outputs, gradient, 1, removals)
+        own = (sums.taps.inputs[site.reads], outputs, gradient, removals)
+        # All sums but its own, and at the last site the factors of all others.
+        others = [parts for name, parts in factors.items() if name != site.name]
         yield Program(
             name=f"factors of {', '.join(group)}",
             function=normalise,
-            args=args,
+            args=(*own[:3], 1, removals),
             times=len(group) * run.num_middle,
-            beside=(*beside, sums),
+            beside=(*beside, *_without(sums, own), others),
         )
+
+
+def _without(tree: Any, parts: Any) -> list:
+    """The leaves of a tree that are not among those of its parts."""
+    own = {id(leaf) for leaf in jax.tree.leaves(parts)}
+    return [leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in own]
 
 
 def _kind(block: Any, site: Any, layout: Any, gradient: Any) -> tuple:
@@ -200,54 +209,66 @@ def _factors(run: Run) -> dict[str, KroneckerFactors] | None:
 
 def _around_scores(run: Run) -> tuple:
     """What lies on the devices while a layer is scored, beside what the programs take."""
-    streams: tuple = (run.stream(run.num_batches),)
     if run.options.calibrates == "factors":
-        streams = (*streams, run.boundaries)
-    return () if run.options.calibrates == "nothing" else (run.shell, *streams)
+        return (run.boundaries(run.num_middle - 1), run.cotangents)
+    return () if run.options.calibrates == "nothing" else (run.stream(run.num_batches),)
 
 
 def _decompositions(run: Run) -> Iterator[Program]:
     """Of the kernels of equal shape together, as `methods.scored.decompose_layers` takes them."""
-    block, mesh = run.block, run.place.mesh
-    layout = block.layout
+    block, mesh, home = run.block, run.place.mesh, run.place.devices[0]
+    layout, factors = block.layout, _factors(run)
     whitened = run.options.attention_basis == "whitened" or run.options.calibrates == "inputs"
     whitened &= run.options.record.reads in ("factors", "inputs")
-    beside = (*_around_scores(run), run.place.replicated(block), _factors(run))
-    layers = 1 if whitened or mesh is None else max(mesh.mesh.size // len(layout.low_rank), 1)
+    on_host = host_device(home) is not None
+    beside = (*_around_scores(run), run.place.replicated(block))
+    together = 1
+    if mesh is not None and not whitened:
+        workers = run.place.num_hosts if on_host else mesh.mesh.size
+        together = min(max(workers // len(layout.low_rank), 1), run.num_middle)
+    # The last of them may be fewer.
+    batches = {together: run.num_middle // together, run.num_middle % together: 1}
     kernels = {site: maps(block)[site].kernel for site in layout.low_rank}
-    factors = _factors(run)
     for group in by_shape({site: kernel.shape for site, kernel in kernels.items()}):
-        number, times = len(group) * layers, -(-run.num_middle // layers)
-        together = _stacked(kernels[group[0]], number)
-        programs = _whitened_svd if whitened else _plain_svd
-        for name, function, batch, options in programs(run, together):
-            home = run.place.devices[0]
-            jitted, args = one_program(function, batch, mesh, home, *options)
-            yield Program(
-                name=f"{name}, {', '.join(group)}",
-                function=jitted,
-                args=args,
-                times=times,
-                beside=beside,
-                on_host=host_device(home) is not None,
-            )
-        if whitened:
+        if whitened and factors is not None:
             known = {site: factors[site] for site in group}
             yield Program(
                 name=f"factors together, {', '.join(group)}",
                 function=stack_on_device,
                 args=(known, group),
                 times=run.num_middle,
-                beside=beside,
+                beside=(*beside, _without(factors, known)),
             )
-        parts = run.place.replicated(_svd_of(together))
-        yield Program(
-            name=f"components apart, {', '.join(group)}",
-            function=unstack_on_device,
-            args=(parts, group if layers == 1 else tuple(range(number))),
-            times=times,
-            beside=beside,
-        )
+        for layers, times in batches.items():
+            if not layers:
+                continue
+            number = len(group) * layers
+            label = ", ".join(group) + ("" if layers == together else ", those that are left")
+            batch = _stacked(kernels[group[0]], number)
+            for name, function, own, options in _steps(run, batch, whitened):
+                jitted, args = one_program(function, own, mesh, home, *options)
+                yield Program(
+                    name=f"{name}, {label}",
+                    function=jitted,
+                    args=args,
+                    times=times,
+                    beside=(*beside, factors),
+                    on_host=on_host,
+                )
+            yield Program(
+                name=f"components apart, {label}",
+                function=unstack_on_device,
+                args=(
+                    run.place.replicated(_svd_of(batch)),
+                    group if together == 1 else tuple(range(number)),
+                ),
+                times=times,
+                beside=(*beside, factors),
+            )
+
+
+def _steps(run: Run, kernels: Any, whitened: bool) -> Iterator[tuple]:
+    return _whitened_svd(run, kernels) if whitened else _plain_svd(run, kernels)
 
 
 def _stacked(kernel: Any, number: int) -> jax.ShapeDtypeStruct:
@@ -286,18 +307,8 @@ def _scores(run: Run) -> Iterator[Program]:
     parts = place.replicated({site: _svd_of(layer[site].kernel) for site in layout.low_rank})
     known: Mapping[str, Any] = {}
     if options.record.reads == "factors":
-        count = None
-        if options.channel_score == "gcs-set":
-            counts = uniform_layer_counts(layer_pools(run.config, options), options, run.num_middle)
-            count = None if counts is None else counts.channels
-        rule = gradot_rule(
-            options.attention_score or "l1",
-            options.attention_basis or "svd",
-            options.channel_score or "l1",
-            options.lambda_mlp or 0.0,
-            count,
-        )
-        function, known = rule.terms.func, rule.terms.keywords
+        terms = rule_of(run.config, options, run.num_middle).terms
+        function, known = terms.func, terms.keywords
     elif options.record.reads == "inputs":
         function = activation_terms
     elif options.record.reads == "weights":
@@ -341,9 +352,17 @@ def comparison_programs(run: Run) -> Iterator[Program]:
     stored = run.options.record.forecast(run.config, run.split, run.options).shapes
     place, count = run.place, run.held_out
     stream, mask = run.stream(count), run.mask(count)
-    # Boundaries of both models, and two heads' cotangents.
-    depths = run.num_layers + run.split.num_blocks + len(stored)
-    beside = (run.shell, run.shell, (stream,) * (depths + 2))
+    # Boundaries of both models, of which an emulator may run as many layers, and two heads'
+    # cotangents.
+    beside: tuple = (run.shell, run.shell, (stream,) * (2 * run.num_layers + 2))
+    if not run.options.record.streams:
+        # The model as it was loaded and as it is split, and the emulator.
+        whole = place.params(run.shapes)
+        layers = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored),
+            [layer_shapes(run.config, shape) for shape in stored],
+        )
+        beside = (*beside, whole, whole, place.params(layers))
     yield Program(
         name="embedding",
         function=embed_batch,
@@ -351,20 +370,27 @@ def comparison_programs(run: Run) -> Iterator[Program]:
         times=2 * count,
         beside=beside,
     )
-    kinds = [layer_shapes(run.config, shape) for shape in dict.fromkeys(stored)]
-    kinds = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored), kinds)
-    layers = {"the model's": run.block}
-    layers |= {f"the emulator's, kind {i}": kind for i, kind in enumerate(kinds, 1)}
-    for whose, layer in layers.items():
+    kinds = Counter(stored)
+    layers = {"the model's": (run.block, run.num_layers + run.split.num_blocks, run.num_middle)}
+    for index, (shape, number) in enumerate(kinds.items(), 1):
+        layers[f"the emulator's, kind {index}"] = (
+            jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored),
+                layer_shapes(run.config, shape),
+            ),
+            number,
+            number,
+        )
+    for whose, (layer, forward, back) in layers.items():
         layer = place.params(layer)
         yield Program(
             name=f"comparison forward, one layer of {whose}",
             function=forward_layer,
             args=(run.apply(), layer, stream, mask),
-            times=run.num_layers,
+            times=forward,
             beside=beside,
         )
-        back = {
+        backward = {
             "function": sweep_layer,
             "args": (run.apply(), layer, None, stream, mask, Cotangents(stream, None)),
             "beside": beside,
@@ -372,15 +398,15 @@ def comparison_programs(run: Run) -> Iterator[Program]:
         yield Program(
             name=f"comparison back, one layer of {whose}",
             kwargs={"with_gradient": False},
-            times=run.num_middle,
-            **back,
+            times=back,
+            **backward,
         )
         if whose == "the model's":
             yield Program(
                 name="comparison back, one layer of the adapter",
                 kwargs={"with_gradient": True},
                 times=2 * run.split.num_blocks,
-                **back,
+                **backward,
             )
     yield Program(
         name="head in the comparison",

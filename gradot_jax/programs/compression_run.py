@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gradot_jax.calibration.passes import layer_function
+from gradot_jax.calibration.passes import Cotangents, layer_function
 from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import get_block, model_shapes
@@ -91,8 +91,13 @@ class Run:
         widest = None if None in windows else max(w for w in windows if w is not None)
         return layer_function(self.config, widest, skip_positions)
 
+    def boundaries(self, count: int) -> tuple:
+        """So many streams at boundaries of layers, where they are kept on the devices."""
+        return () if self.offload else (self.stream(self.num_batches),) * count
+
     @property
-    def boundaries(self) -> tuple:
-        """Streams before each layer above the bottom, on the devices, but for one layer's."""
-        count = 0 if self.offload else self.num_layers - self.split.num_bottom - 1
-        return (self.stream(self.num_batches),) * count
+    def cotangents(self) -> Cotangents:
+        """Those of all calibration batches, at one depth."""
+        stream = self.stream(self.num_batches)
+        true_too = self.options.fisher == "mc" and self.options.reads_gradient
+        return Cotangents(stream, stream if true_too else None)

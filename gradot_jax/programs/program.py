@@ -34,6 +34,11 @@ class Place(NamedTuple):
         return "cuda" if platform == "gpu" else platform
 
     @property
+    def num_hosts(self) -> int:
+        """Processes that the devices belong to."""
+        return len({device.process_index for device in self.devices})
+
+    @property
     def data(self) -> int:
         """Devices along the batch."""
         return 1 if self.mesh is None else self.mesh.mesh.shape["data"]
@@ -113,6 +118,11 @@ class Program:
     times: int = 1
     beside: tuple = ()
     on_host: bool = False
+
+    def and_again(self, other: "Program") -> "Program":
+        """The same program at another moment as well: the runs of both, around the larger."""
+        beside = max(self.beside, other.beside, key=device_bytes)
+        return dataclasses.replace(self, times=self.times + other.times, beside=beside)
 
     @property
     def key(self) -> Any:

@@ -24,10 +24,10 @@ class Chip(NamedTuple):
 
     Attributes:
         platform: whose compiler it takes.
-        memory: bytes that programs and their arrays can have.
+        memory: bytes, of which a runtime keeps some for itself.
         flops: peak in bfloat16, a second.
         bandwidth: peak of its memory, bytes a second.
-        host: chips of one host.
+        most: chips that a target may name; 0 of a TPU, whose slices its compiler knows.
         gpu: fields of XLA's `GpuDeviceInfoProto`; none of a TPU.
     """
 
@@ -35,7 +35,7 @@ class Chip(NamedTuple):
     memory: int
     flops: float
     bandwidth: float
-    host: int
+    most: int
     gpu: Mapping[str, Any] = {}
 
 
@@ -59,10 +59,10 @@ _AMPERE = {
 }
 
 CHIPS = {
-    "v4": Chip("tpu", 32 * _GIB, 275e12, 1.228e12, 4),
-    "v5e": Chip("tpu", 16 * _GIB, 197e12, 0.819e12, 8),
-    "v5p": Chip("tpu", 95 * _GIB, 459e12, 2.765e12, 4),
-    "v6e": Chip("tpu", 32 * _GIB, 918e12, 1.64e12, 8),
+    "v4": Chip("tpu", 32 * _GIB, 275e12, 1.228e12, 0),
+    "v5e": Chip("tpu", 16 * _GIB, 197e12, 0.819e12, 0),
+    "v5p": Chip("tpu", 95 * _GIB, 459e12, 2.765e12, 0),
+    "v6e": Chip("tpu", 32 * _GIB, 918e12, 1.64e12, 0),
     "a100": Chip("cuda", 85_100_068_864, 312e12, 2.039e12, 8, _AMPERE),
     "h100": Chip("cuda", 84_942_979_072, 989e12, 3.352e12, 8, _HOPPER),
     "h200": Chip("cuda", 151_397_597_184, 989e12, 4.8e12, 8, _HOPPER),
@@ -107,11 +107,6 @@ class Target(NamedTuple):
     count: int
     shape: str = ""
 
-    @property
-    def num_hosts(self) -> int:
-        """Hosts that the chips are in."""
-        return -(-self.count // self.chip.host)
-
 
 def parse_target(name: str) -> Target:
     """A TPU slice like `v5e:2x4`, or GPUs of one host like `h100` and `h100x8`.
@@ -128,7 +123,7 @@ def parse_target(name: str) -> Target:
             return Target(name, chip, count, found[2])
     elif found := _GPU.fullmatch(name):
         chip, count = CHIPS.get(found[1]), int(found[2] or 1)
-        if chip is not None and chip.platform == "cuda" and 1 <= count <= chip.host:
+        if chip is not None and chip.platform == "cuda" and 1 <= count <= chip.most:
             return Target(name, chip, count)
     tpus = [kind for kind, chip in CHIPS.items() if chip.platform == "tpu"]
     gpus = [kind for kind, chip in CHIPS.items() if chip.platform == "cuda"]

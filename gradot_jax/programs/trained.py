@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradot_jax.compression.score import by_shape
 from gradot_jax.linalg.decomposition import default_algorithm
@@ -46,7 +47,9 @@ def distillation_programs(run: Run) -> Iterator[Program]:
         return DistillationState(student, optimizer.init(student))
 
     state = place.params(jax.eval_shape(first, model.segments[0]))
-    whole = place.params(model)
+    whole, blocks = place.params(model), _as(state.student, run.dtype)
+    # The model as it was loaded, the blocks that are kept and their stack, the best so far.
+    beside = (whole, blocks, blocks, *([state.student] if run.num_batches > 1 else []))
     yield Program(
         name="distillation step",
         function=distillation_step,
@@ -60,14 +63,21 @@ def distillation_programs(run: Run) -> Iterator[Program]:
         ),
         kwargs={"mesh": place.mesh},
         times=options.steps,
-        beside=(whole, state.student),
+        beside=beside,
     )
     yield Program(
         name="distillation losses",
         function=jitted_sums,
         args=(run.config, state.student, original, run.batch),
-        beside=(whole, state),
+        beside=(*beside, state.optimizer),
     )
+
+
+def _as(tree: Any, dtype: DTypeLike) -> Any:
+    def same(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(same, tree)
 
 
 def harmonizer_programs(run: Run) -> Iterator[Program]:
@@ -102,7 +112,6 @@ def harmonizer_programs(run: Run) -> Iterator[Program]:
         ),
         kwargs={"mesh": place.mesh},
         times=options.steps,
-        beside=(model,),
     )
     yield from _rank_reductions(run)
     raw = place.replicated(jax.ShapeDtypeStruct((layers,), jnp.bool_))
@@ -110,7 +119,6 @@ def harmonizer_programs(run: Run) -> Iterator[Program]:
         name="loss of a network",
         function=jitted_network_loss,
         args=(run.config, model, state.harmonizers, raw, run.batch),
-        beside=(model,),
     )
 
 
@@ -157,7 +165,6 @@ def similarity_programs(run: Run) -> Iterator[Program]:
         function=pooled_states,
         args=(run.config, model, text.input_ids, text.attention_mask),
         times=run.num_batches,
-        beside=(model,),
     )
     rows = min(run.num_batches * run.batch_size, MAX_SEQUENCES)
     shape = (run.config.num_hidden_layers, rows, run.config.hidden_size)
@@ -166,5 +173,5 @@ def similarity_programs(run: Run) -> Iterator[Program]:
         name="similarity of layers",
         function=adjacent_cka,
         args=(place.replicated(states),),
-        beside=(model, model),
+        beside=(model,),
     )

@@ -1,5 +1,7 @@
 """The programs of fine-tuning: the step and the validation, in an emulator or the full model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,6 +44,8 @@ def finetuning_programs(
     remat: bool = False,
     num_steps: int = 1,
     validations: int = 0,
+    validation_length: int | None = None,
+    received: Any = (),
 ) -> list[Program]:
     """Those of `training.adapter.train_adapter`.
 
@@ -57,7 +61,10 @@ def finetuning_programs(
         num_steps: of the run.
         validations: batches that are validated on in the whole run; without any there is no such
             program.
+        validation_length: tokens of a row of those; as in training by default.
+        received: shapes of what came of the bundle, which stays whole on the first device.
     """
+    received = Place(place.devices[:1]).replicated(received)
     state, frozen = training_shapes(model, optimizer, dtype, place)
     batch = place.batch(batch_size, length)
     step = Program(
@@ -67,15 +74,20 @@ def finetuning_programs(
         kwargs={"remat": remat, "mesh": place.mesh},
         times=num_steps,
         # The best adapter so far.
-        beside=(state.adapter,) if validations else (),
+        beside=(received, *((state.adapter,) if validations else ())),
     )
     if not validations:
         return [step]
     validation = Program(
         name="validation step",
         function=evaluation_step,
-        args=(config, state.adapter, frozen, batch),
+        args=(
+            config,
+            state.adapter,
+            frozen,
+            place.batch(batch_size, validation_length or length),
+        ),
         times=validations,
-        beside=(state.optimizer, state.adapter),
+        beside=(received, state.optimizer, state.adapter),
     )
     return [step, validation]

@@ -5,10 +5,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
-from benchmarks.compile_for import array_bytes, collectives, computations, in_loops
+from benchmarks.compile_for import (
+    array_bytes,
+    collectives,
+    computations,
+    in_loops,
+    kernel_faults,
+    result_bytes,
+)
 
 TEXT = """
 HloModule jit_step, is_scheduled=true
@@ -48,6 +57,45 @@ def test_collectives_are_counted_inside_and_outside_of_loops():
         "all-reduce in loops": {"count": 1, "bytes": 4 * (8 + 4)},
         "all-gather": {"count": 1, "bytes": 2 * 2 * 32 * 8},
     }
+
+
+def test_a_collective_that_is_started_yields_its_operand_too():
+    started = "(bf16[4,8]{1,0}, bf16[32,8]{1,0})"
+    assert result_bytes(started, "all-gather", started=True) == 2 * 32 * 8
+    assert result_bytes("(f32[8], f32[8], u32[], u32[])", "collective-permute", started=True) == 32
+    assert result_bytes("(f32[8], f32[2])", "all-reduce", started=True) == 40
+    assert result_bytes("s64[3]", "all-gather", started=False) == 24
+
+
+class Leaf:
+    """A stack of kernels, by its shape and that of a device's part."""
+
+    def __init__(self, shape, part):
+        self.shape = shape
+        self.sharding = SimpleNamespace(shard_shape=lambda _: part)
+
+
+class Frozen:
+    """A step's frozen part, as far as its kernels are looked for."""
+
+    middle: ClassVar = [Leaf((2, 32, 8), (2, 4, 8))]
+
+
+FAULTS = {
+    "ROOT %convert.1 = f32[2,4,8]{2,1,0} convert(%p)": ["f32[2,4,8] made"],
+    "%fusion.2 = f32[32,8]{1,0} convert(%p)": ["f32[32,8] made"],
+    "%x = bf16[2,32,8]{2,1,0} all-gather(%p), dimensions={1}": ["bf16[2,32,8] gathered as a whole"],
+    "%x = bf16[32,8]{1,0} all-gather(%p), dimensions={0}": [],
+    "%x = f32[2,4,8]{2,1,0} dot(%a, %b)": [],
+}
+
+
+@pytest.mark.parametrize("line", FAULTS)
+def test_what_a_step_must_not_do_to_frozen_kernels_is_found(line):
+    text = "ENTRY %main (p: f32[]) -> f32[] {\n  " + line + "\n}\n"
+    assert kernel_faults(text, "bfloat16", SimpleNamespace(args=(Frozen,))) == FAULTS[line]
+    if "convert" in line:
+        assert not kernel_faults(text, "float32", SimpleNamespace(args=(Frozen,)))
 
 
 def test_bytes_of_a_shape_are_those_of_all_its_arrays():

@@ -91,12 +91,18 @@ def test_scores_of_features_are_norms_of_what_moves(swept, assert_close):
     *_, out = block.layout.low_rank
     layer = {site: maps(block)[site] for site in block.layout.low_rank}
     for site, scores in feature_scores(layer, factors, out).items():
-        kernel = np.asarray(layer[site].kernel, np.float64)
+        kernel, bias = layer[site].kernel, layer[site].bias
+        whole = np.asarray(kernel, np.float64)
         a, g = (np.asarray(m, np.float64) for m in (factors[site][0], factors[site][2]))
+        if bias is not None and site != out:
+            # A bias is the weight of an input that is always one.
+            whole = np.concatenate([whole, np.asarray(bias, np.float64)[None]])
+            mean = np.asarray(factors[site].input_mean, np.float64)[:, None]
+            a = np.block([[a, mean], [mean.T, np.ones((1, 1))]])
         for j in (0, len(scores) - 1):
-            delta = np.zeros_like(kernel)
+            delta = np.zeros_like(whole)
             where = (j, slice(None)) if site == out else (slice(None), j)
-            delta[where] = kernel[where]
+            delta[where] = whole[where]
             assert_close(scores[j], np.abs(a @ delta @ g).sum(), "float32_model")
 
 

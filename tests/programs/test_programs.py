@@ -1,5 +1,6 @@
 """The list of programs against what the pipeline compiles, and against what the package has."""
 
+import gc
 import importlib
 import logging
 import pkgutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import gradot_jax
+from gradot_jax.calibration import passes, sweep
 from gradot_jax.calibration.fidelity import gradient_fidelity
 from gradot_jax.evaluation.exact_match import exact_match
 from gradot_jax.evaluation.perplexity import perplexity
@@ -215,6 +217,68 @@ def test_a_compression_compiles_the_programs_that_are_listed_and_each_once(optio
     result = run_compression(config, params, SPLIT, text(0), run.options, mesh=mesh)
     gradient_fidelity(config, params, result.emulator, text(1, 2), mesh=mesh)
     assert not too_often(compiled, compression_programs(run))
+
+
+WATCHED = {
+    "forward_layer": (sweep, "calibration forward, one layer"),
+    "head_of_batch": (passes, "head and its cotangents"),
+    "sweep_layer": (sweep, "factor sweep, one layer"),
+    "input_moments": (sweep, "moments of inputs, one layer"),
+}
+
+
+@pytest.mark.parametrize("options", METHODS[:4], ids=["gradot", "mc", "gradot+", "activation-svd"])
+def test_what_lies_on_a_device_is_what_the_list_says(options, monkeypatch):
+    # Weights on the host, as of a mapped file: what is on the device is the compression's own.
+    config = read_config({**LLAMA, "hidden_size": 64, "num_hidden_layers": 6}, "test")
+    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+    run = run_of(config, Place(jax.devices()[:1]), **options)
+    held = dict.fromkeys(WATCHED, 0)
+
+    def live():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+
+    def watching(name, honest):
+        def watched(*args, **kwargs):
+            swept = name != "sweep_layer" or args[2] is not None
+            held[name] = max(held[name], live() if swept else 0)
+            return honest(*args, **kwargs)
+
+        return watched
+
+    gc.collect()
+    # Held, so that no other array gets its id.
+    others = jax.live_arrays()
+    before = {id(array) for array in others}
+    for name, (module, _) in WATCHED.items():
+        monkeypatch.setattr(module, name, watching(name, getattr(module, name)))
+    run_compression(config, params, SPLIT, text(0), run.options)
+    listed = {program.name: program for program in compression_programs(run)}
+    compared = 0
+    for name, (_, label) in WATCHED.items():
+        if held[name] and label in listed:
+            program = listed[label]
+            said = program.beside_bytes + device_bytes(arrays_of(program))
+            # Batches, masks and what Python has not let go of yet are not listed.
+            assert 0.85 * held[name] < said < 1.15 * held[name], (label, said, held[name])
+            compared += 1
+    assert compared >= 2
+
+
+def arrays_of(program):
+    leaves = jax.tree.leaves((program.args, dict(program.kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+
+def test_a_program_at_two_moments_is_listed_once_with_the_runs_of_both():
+    run = run_of(model_of("llama"), Place(jax.devices()[:1]))
+    programs = compression_programs(run)
+    keys = [program.key for program in programs]
+    assert len(set(keys)) == len(keys)
+    (embedding,) = (program for program in programs if program.name == "embedding")
+    # Each batch of the calibration once, and those held out through two models.
+    assert embedding.times == BATCHES + 2 * run.held_out
 
 
 def test_tuning_and_evaluation_compile_the_programs_that_are_listed(compiled):
