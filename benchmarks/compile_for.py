@@ -110,14 +110,19 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 def programs_of(workload: Any, place: Any) -> Iterator[Any]:
     """Those of compressions by methods of every kind, of tuning an emulator and evaluating it."""
     from benchmarks.phases import optimizer
+    from gradot_jax.methods.options import ScaleOTOptions
     from gradot_jax.programs.commands import compression_programs
     from gradot_jax.programs.evaluation import decoding_programs, evaluation_programs
 
     # The step first: it is what a data owner rents chips for.
     yield from workload.tuning(place, optimizer())
     known = set()
+    # On small models the usual width would cost more than what it stands in for.
+    rank = min(64, max(workload.config.hidden_size // 32, 1))
     for method in METHODS:
-        for program in compression_programs(workload.compression(place, method=method)):
+        options = {"scaleot": ScaleOTOptions(harmonizer_rank=rank)} if method == "scaleot" else {}
+        run = workload.compression(place, method=method, **options)
+        for program in compression_programs(run):
             if program.key not in known:
                 known.add(program.key)
                 yield dataclasses.replace(program, name=f"{method}: {program.name}")
