@@ -201,10 +201,10 @@ def state_bytes(program: Any) -> int:
 
 
 def kernel_faults(text: str, dtype: str, program: Any) -> list[str]:
-    """What a step does to the frozen kernels of blocks that it should not.
+    """What a step does to the stacks of frozen kernels that it should not.
 
-    A copy of any of them in float32 where the arithmetic is in less, and a stack of them that is
-    gathered as a whole, outside the loop over layers.
+    A copy of one in float32 where the arithmetic is in less, and one that is gathered as a whole,
+    outside the loop over layers. A single layer's cannot be told from those that are trained.
     """
     import jax
 
@@ -214,8 +214,6 @@ def kernel_faults(text: str, dtype: str, program: Any) -> list[str]:
     whole = {f"[{','.join(map(str, leaf.shape))}]" for leaf in stacks if leaf.shape[0] > 1}
     parts = {leaf.sharding.shard_shape(leaf.shape) for leaf in stacks}
     parts |= {leaf.shape for leaf in stacks}
-    # And of a layer alone, as it is applied.
-    parts |= {shape[1:] for shape in parts} | {(1, *shape[1:]) for shape in parts}
     wide = {f"f32[{','.join(map(str, shape))}]" for shape in parts} if dtype != "float32" else ()
     found = computations(text)
     loops, faults = in_loops(found), set()

@@ -83,7 +83,7 @@ class Frozen:
 
 FAULTS = {
     "ROOT %convert.1 = f32[2,4,8]{2,1,0} convert(%p)": ["f32[2,4,8] made"],
-    "%fusion.2 = f32[32,8]{1,0} convert(%p)": ["f32[32,8] made"],
+    "%fusion.2 = f32[2,32,8]{2,1,0} convert(%p)": ["f32[2,32,8] made"],
     "%x = bf16[2,32,8]{2,1,0} all-gather(%p), dimensions={1}": ["bf16[2,32,8] gathered as a whole"],
     "%x = bf16[32,8]{1,0} all-gather(%p), dimensions={0}": [],
     "%x = f32[2,4,8]{2,1,0} dot(%a, %b)": [],
