@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles every program for TPUs and GPUs that need not be here, at small shapes, and checks what
-# their compilers make of them: about four minutes on two cores after the downloads (1.3 GB, which
+# their compilers make of them: some six minutes on two cores after the downloads (1.3 GB, which
 # lie in .venv-compile). Arguments go to pytest.
 export GRADOT_VENV=.venv-compile
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && source scripts/setup_venv.sh
