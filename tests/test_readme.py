@@ -99,9 +99,9 @@ def test_the_report_is_that_of_the_committed_result():
 
 
 def test_committed_cells_are_whole_and_name_no_place():
-    cells = sorted((COMPARISON / "cells").glob("*.json"))
-    assert cells
-    for path in cells:
+    cells = [sorted((folder / "cells").glob("*.json")) for folder in (COMPARISON, BUNDLED)]
+    assert all(cells)
+    for path in sum(cells, []):
         cell = read_json(path)
         assert {"cell", "result", "seconds", "environment", "settings"} <= cell.keys()
         assert path.stem.endswith(json_digest(cell["settings"])[:12])
