@@ -101,7 +101,7 @@ def test_the_report_is_that_of_the_committed_result():
 def test_committed_cells_are_whole_and_name_no_place():
     cells = [sorted((folder / "cells").glob("*.json")) for folder in (COMPARISON, BUNDLED)]
     assert all(cells)
-    for path in sum(cells, []):
+    for path in (path for of_one in cells for path in of_one):
         cell = read_json(path)
         assert {"cell", "result", "seconds", "environment", "settings"} <= cell.keys()
         assert path.stem.endswith(json_digest(cell["settings"])[:12])
