@@ -54,6 +54,7 @@ class OnDevices(Debuggable):
 
         from gradot_jax.parallel import make_mesh, use_compile_cache
 
+        self.check_mesh()
         use_compile_cache(self._cache_folder())
         if self.mesh is None:
             return make_mesh() if jax.device_count() > 1 else None
@@ -66,7 +67,12 @@ class OnDevices(Debuggable):
         try:
             return make_mesh(data, model)
         except ValueError as error:
-            raise InputError(str(error)) from None
+            raise InputError(f"--mesh: {error}") from None
+
+    def check_mesh(self) -> None:
+        """Raises InputError for numbers of devices that are none."""
+        if self.mesh is not None and min(self.mesh) < 1:
+            raise InputError(f"--mesh: both numbers must be at least 1, got {self.mesh}")
 
     def _cache_folder(self) -> Path | None:
         if self.compile_cache == "off":
@@ -112,6 +118,7 @@ class OnHosts(OnDevices):
             mesh = self.device_mesh()
             return Place(jax.devices()[:1] if mesh is None else list(mesh.mesh.devices.flat), mesh)
         self._check_target()
+        self.check_mesh()
         if self.distributed:
             raise InputError("--target goes without --distributed: one process compiles for all")
         from gradot_jax.programs.target import parse_target, prepare_environment

@@ -106,6 +106,12 @@ class Compress(OnHosts):
         tokenizer = open_tokenizer(folder, config)
         records = read_records(self.calibration)
         text = self._text(tokenizer, config, records, mesh)
+        length, skipped = text.held_out[0].input_ids.shape[1], self.options.skip_positions or 0
+        if skipped >= length:
+            raise InputError(
+                f"--skip-positions {skipped} leaves no token of sequences of {length} to take "
+                "factors from"
+            )
         self._foresee(config, original, split, text.calibration, mesh)
         if self.dry_run:
             if self.target is not None:

@@ -28,7 +28,7 @@ def place_on(target: "Target", mesh: tuple[int, int] | None) -> "Place":
     data, model = mesh or (target.count, 1)
     if data * model > target.count:
         raise InputError(
-            f"a mesh of data={data} x model={model} needs {data * model} devices, "
+            f"--mesh: data={data} x model={model} needs {data * model} devices, "
             f"{target.name} has {target.count}"
         )
     return mesh_of(target_devices(target), data, model)
@@ -63,8 +63,14 @@ def say_whether_it_fits(
     worst, peak = peak_of(found), run_peak(found)
     where = f"{line('there', worst.name)}, and all programs loaded"
     if target is None:
-        lines = [line("compiled for", f"{place.platform} here, {_mesh(place)}")]
-        say("", *lines, line("at the peak", f"{mebibytes(peak)} a device"), where)
+        known = _available()
+        there = "" if known is None else f"; {mebibytes(known)} are available"
+        say(
+            "",
+            line("compiled for", f"{place.platform} here, {_mesh(place)}; nothing was run"),
+            line("at the peak", f"{mebibytes(peak)} a device{there}"),
+            where,
+        )
         return
     share = peak / target.chip.memory
     devices = len(place.devices)
@@ -80,7 +86,14 @@ def say_whether_it_fits(
         line("at least", f"{least:.3g} s: products and arrays over published peaks"),
     )
     if place.num_hosts > 1:
-        say(line("hosts", f"{place.num_hosts}, which run the same command with --distributed"))
+        each = len(place.devices) // place.num_hosts
+        say(
+            line(
+                "hosts",
+                f"{place.num_hosts} where each has {each} of the chips; all run the same command "
+                "with --distributed",
+            )
+        )
     if share > 1:
         say(_too_large(worst.name, helps))
 
@@ -88,6 +101,17 @@ def say_whether_it_fits(
 def _too_large(name: str, helps: Sequence[str]) -> str:
     options = ", ".join(f"--{option.replace('_', '-')}" for option in helps)
     return f"{name} does not fit: {options} make it need less, and so do more or larger chips"
+
+
+def _available() -> int | None:
+    """Memory that a device here has left, or the host that all of them share."""
+    from gradot_jax.memory.available import (
+        available_device_bytes,
+        available_host_bytes,
+        devices_share_host,
+    )
+
+    return available_host_bytes() if devices_share_host() else available_device_bytes()
 
 
 def _mesh(place: "Place") -> str:

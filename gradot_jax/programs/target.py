@@ -69,6 +69,9 @@ CHIPS = {
 }
 """By the name in a target."""
 
+_SIDES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+"""Of a slice, by the kind of TPU."""
+
 _TPU = re.compile(r"(v\d+[ep]?):(\d+(?:x\d+){1,2})")
 _GPU = re.compile(r"([a-z]+\d+)(?:x(\d+))?")
 _GPU_LIMITS = {
@@ -114,21 +117,31 @@ def parse_target(name: str) -> Target:
     Raises:
         InputError: for a name of neither kind.
     """
+    name = name.lower()
     if found := _TPU.fullmatch(name):
         chip, sides = CHIPS.get(found[1]), [int(side) for side in found[2].split("x")]
-        if chip is not None and chip.platform == "tpu" and all(sides):
+        known = chip is not None and chip.platform == "tpu"
+        if known and len(sides) != _SIDES[found[1]]:
+            raise InputError(
+                f"--target {name}: slices of {found[1]} have {_SIDES[found[1]]} sides, such as "
+                f"{found[1]}:{'x'.join(['2'] * _SIDES[found[1]])}"
+            )
+        if chip is not None and known and all(sides):
             count = 1
             for side in sides:
                 count *= side
             return Target(name, chip, count, found[2])
     elif found := _GPU.fullmatch(name):
         chip, count = CHIPS.get(found[1]), int(found[2] or 1)
-        if chip is not None and chip.platform == "cuda" and 1 <= count <= chip.most:
+        known = chip is not None and chip.platform == "cuda"
+        if chip is not None and known and not 1 <= count <= chip.most:
+            raise InputError(f"--target {name}: expected 1 to {chip.most} GPUs, those of one host")
+        if chip is not None and known:
             return Target(name, chip, count)
     tpus = [kind for kind, chip in CHIPS.items() if chip.platform == "tpu"]
     gpus = [kind for kind, chip in CHIPS.items() if chip.platform == "cuda"]
     raise InputError(
-        f"target: unknown: {name!r:.40}; expected a TPU slice, such as v5e:2x4, of "
+        f"--target: unknown: {name!r:.40}; expected a TPU slice, such as v5e:2x4, of "
         f"{', '.join(tpus)}, or the GPUs of one host, such as h100x8, of {', '.join(gpus)}"
     )
 
@@ -168,12 +181,25 @@ def target_devices(target: Target) -> "list[jax.Device]":
             )
     except Exception as error:
         # Plugins raise whatever they have; most of it is not for users.
+        said = str(error).splitlines()[0]
+        if _installed(target.chip.platform):
+            raise InputError(
+                f"--target {target.name}: its compiler refuses it: {said:.300}"
+            ) from None
         extra = "tpu" if target.chip.platform == "tpu" else "compile-gpu"
         raise InputError(
-            f"target {target.name}: its compiler is not there, or knows no such chips; "
-            f"pip install 'gradot_jax[{extra}]' brings it ({str(error).splitlines()[0]:.200})"
+            f"--target {target.name}: its compiler is not there; "
+            f"pip install 'gradot_jax[{extra}]' brings it ({said:.200})"
         ) from None
     return list(found.devices)
+
+
+def _installed(platform: str) -> bool:
+    module = "libtpu" if platform == "tpu" else "jax_plugins"
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
 
 
 def gpu_config(chip: Chip) -> str:

@@ -34,9 +34,11 @@ def commands(checkpoint, bundle, text, out):
     ("options", "said"),
     [
         (["--target", "v5e:2x4"], "--target goes with --dry-run"),
-        (["--target", "v5e", "--dry-run"], "target: unknown: 'v5e'; expected a TPU slice"),
+        (["--target", "v5e", "--dry-run"], "--target: unknown: 'v5e'; expected a TPU slice"),
         (["--target", "h100x8", "--dry-run", "--mesh", "8", "2"], "needs 16 devices, h100x8 has 8"),
         (["--target", "v5e:2x4", "--dry-run", "--distributed"], "without --distributed"),
+        (["--target", "v5e:2x4", "--dry-run", "--mesh", "-2", "-4"], "--mesh: both numbers must"),
+        (["--dry-run", "--mesh", "0", "1"], "--mesh: both numbers must be at least 1"),
     ],
 )
 @pytest.mark.parametrize("command", ["compress", "finetune", "evaluate"])
@@ -67,7 +69,7 @@ def test_a_dry_run_compiles_for_the_devices_that_are_here(
     assert len(rows) == len(programs)
     # Arguments, outputs, aliases, temporaries, code, what lies beside, the peak, and how often.
     assert all(len(row.split()[-8:]) == 8 and int(row.split()[-1]) > 0 for row in rows)
-    assert "at the peak" in printed and "compiled for          cpu here" in printed
+    assert "are available" in printed and "compiled for          cpu here" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -81,5 +83,12 @@ def test_without_its_compiler_a_target_says_what_to_install(checkpoint, text, tm
         done = subprocess.run([*command, "--target", target], capture_output=True, text=True)
         assert done.returncode == REFUSED
         said = " ".join(done.stderr.split())
-        assert f"target {target}: its compiler is not there" in said
+        assert f"--target {target}: its compiler is not there" in said
         assert f"gradot_jax[{extra}]" in said
+
+
+def test_a_dry_run_refuses_what_the_run_would(checkpoint, text, tmp_path, capsys):
+    given = commands(checkpoint, tmp_path, text, tmp_path / "out")["compress"]
+    more = ["--num-top", "0", "--num-bottom", "1", "--sequence-length", "8"]
+    assert main(["compress", *given, *more, "--skip-positions", "8", "--dry-run"]) == REFUSED
+    assert "--skip-positions 8 leaves no token of sequences of 8" in capsys.readouterr().err

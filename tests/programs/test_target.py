@@ -26,12 +26,29 @@ def test_a_target_is_chips_of_one_kind(name, chip, count):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["", "v5e", "v5e:", "v5e:8", "v5e:0x4", "v9:2x2", "h100x0", "h100x16", "h1", "tpu", "v5e:2x4 "],
+    "name", ["", "v5e", "v5e:", "v5e:8", "v5e:0x4", "v9:2x2", "h1", "tpu", "v5e:2x4 ", "h100x-1"]
 )
 def test_another_name_is_refused_with_what_there_is(name):
     with pytest.raises(InputError, match=r"v5e:2x4.*v6e.*h100x8.*h200"):
         parse_target(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5e:2x2x2", "slices of v5e have 2 sides, such as v5e:2x2"),
+        ("v5p:2x2", "slices of v5p have 3 sides, such as v5p:2x2x2"),
+        ("h100x16", "expected 1 to 8 GPUs"),
+        ("h100x0", "expected 1 to 8 GPUs"),
+    ],
+)
+def test_chips_that_do_not_go_together_are_refused_with_what_would(name, said):
+    with pytest.raises(InputError, match=f"--target {name}: .*{said}"):
+        parse_target(name)
+
+
+def test_capitals_do_not_matter():
+    assert parse_target("H100x2") == parse_target("h100x2")
 
 
 def test_a_gpu_is_described_to_its_compiler_as_text():
