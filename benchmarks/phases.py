@@ -108,7 +108,7 @@ def _forward_pass(workload: Workload, swept: int) -> CalibrationPass:
     return CalibrationPass(
         boundaries=[None] * missing + [stream() for _ in range(swept)],
         masks=jnp.ones(shape),
-        cotangents=Cotangents(stream(), None),
+        cotangents=[Cotangents(stream(), None)],
         loss=0.0,
         num_tokens=workload.num_batches * workload.tokens,
         num_sequences=workload.num_batches * workload.batch_size,
@@ -303,4 +303,4 @@ def hand_on(arguments: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, .
 def _batch_shapes(workload: Workload) -> Batch:
     shape = (workload.batch_size, workload.length)
     ids, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
-    return Batch(input_ids=ids, targets=ids, loss_mask=weights, attention_mask=weights)
+    return Batch(input_ids=ids, targets=ids, loss_mask=weights, attention_mask=ids)

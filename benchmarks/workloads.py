@@ -155,7 +155,7 @@ class Workload:
                 input_ids=jnp.asarray(ids[:, :-1]),
                 targets=jnp.asarray(ids[:, 1:]),
                 loss_mask=ones,
-                attention_mask=ones,
+                attention_mask=ones.astype(jnp.int32),
             )
             for ids in rng.integers(0, self.config.vocab_size, shape, np.int32)
         ]
