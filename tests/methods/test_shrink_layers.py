@@ -8,7 +8,7 @@ import pytest
 
 from gradot_jax.calibration.passes import forward_layer, sweep_layer
 from gradot_jax.errors import InputError
-from gradot_jax.methods import layer_store, magnitude
+from gradot_jax.methods import layer_store, magnitude, scored
 from gradot_jax.methods.compress import run_compression
 from gradot_jax.methods.magnitude import MAGNITUDE
 from gradot_jax.methods.options import CompressionOptions
@@ -158,10 +158,14 @@ def test_a_mesh_chooses_and_cuts_as_one_device_does(
     assert_close(with_signs_of(expected, got), expected, "float32_model")
 
 
-def test_layers_are_decomposed_as_many_at_once_as_the_mesh_has_devices_for(
-    model, batches, monkeypatch
+@pytest.mark.parametrize(("workers", "expected"), [(8, [8, 4]), (None, [4, 4, 4])])
+def test_layers_are_decomposed_as_many_at_once_as_there_are_workers_for(
+    workers, expected, model, batches, monkeypatch
 ):
+    # Those of GPUs are the devices; of CPUs and TPUs the processes, here one.
     sizes = []
+    if workers is not None:
+        monkeypatch.setattr(scored, "num_workers", lambda mesh: workers)
 
     def counted(kernels, factors, mesh):
         sizes.append(len(kernels))
@@ -170,7 +174,7 @@ def test_layers_are_decomposed_as_many_at_once_as_the_mesh_has_devices_for(
     monkeypatch.setattr(magnitude, "MAGNITUDE", MAGNITUDE._replace(decompose=counted))
     options = CompressionOptions(budget=0.5, method="magnitude")
     run_compression(*model, SPLIT, batches, options, mesh=make_mesh(8))
-    assert sizes == [8, 4]
+    assert sizes == expected
 
 
 @pytest.mark.parametrize(
