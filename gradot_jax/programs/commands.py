@@ -18,7 +18,7 @@ from gradot_jax.programs.program import Program
 
 def compression_programs(run: Run) -> list[Program]:
     """Those of `gradot compress`: the method's own, then the comparison of gradients."""
-    from gradot_jax.programs import compression, trained
+    from gradot_jax.programs import compression, gradients, trained
 
     method = run.options.record
     if method.scores:
@@ -35,7 +35,7 @@ def compression_programs(run: Run) -> list[Program]:
         raise InputError(f"--target: the programs of {method.name} are not listed")
     # What is one program at two moments is compiled once.
     found: dict[Any, Program] = {}
-    for program in (*own, *compression.comparison_programs(run)):
+    for program in (*own, *gradients.comparison_programs(run)):
         before = found.get(program.key)
         found[program.key] = program if before is None else before.and_again(program)
     return list(found.values())

@@ -1,6 +1,5 @@
-"""The programs of a compression: its calibration, its scores, and the comparison of gradients."""
+"""The programs of methods that score every layer: their calibration, decompositions, scores."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -9,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gradot_jax.calibration.passes import (
-    Cotangents,
     LayerSums,
-    embed_batch,
     forward_layer,
     head_of_batch,
     input_moments,
@@ -30,9 +27,8 @@ from gradot_jax.methods.gradot import rule_of
 from gradot_jax.methods.magnitude import magnitude_terms
 from gradot_jax.methods.scored import WHITENING_DAMPING, stack_on_device, unstack_on_device
 from gradot_jax.models.family import channel_count
-from gradot_jax.models.tensors import layer_shapes
 from gradot_jax.nn.layout import maps
-from gradot_jax.programs.compression_run import Run
+from gradot_jax.programs.compression_run import Run, embedding
 from gradot_jax.programs.program import Place, Program
 
 
@@ -51,13 +47,7 @@ def _calibration(run: Run) -> Iterator[Program]:
     place, options, count = run.place, run.options, run.num_batches
     layer, stream, mask = place.params(run.block), run.stream(count), run.mask(count)
     cotangents, above = run.cotangents, run.num_layers - run.split.num_bottom
-    yield Program(
-        name="embedding",
-        function=embed_batch,
-        args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
-        times=count,
-        beside=(stream,),
-    )
+    yield embedding(run, count, (stream,))
     yield Program(
         name="calibration forward, one layer",
         function=forward_layer,
@@ -116,13 +106,7 @@ def _input_pass(run: Run) -> Iterator[Program]:
     layer, stream, mask = place.params(run.block), run.stream(count), run.mask(count)
     taps = jax.eval_shape(partial(zero_taps, with_outputs=False), run.block)
     apply = run.apply(run.options.skip_positions or 0)
-    yield Program(
-        name="embedding",
-        function=embed_batch,
-        args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
-        times=count,
-        beside=(stream,),
-    )
+    yield embedding(run, count, (stream,))
     yield Program(
         name="calibration forward, one layer",
         function=forward_layer,
@@ -345,80 +329,3 @@ def _score_terms(run: Run, size: int) -> ScoreTerms:
 
 def _alone(run: Run) -> Any:
     return Place(run.place.devices[:1]).whole
-
-
-def comparison_programs(run: Run) -> Iterator[Program]:
-    """Those of `calibration.fidelity.gradient_fidelity`, whatever the method."""
-    stored = run.options.record.forecast(run.config, run.split, run.options).shapes
-    place, count = run.place, run.held_out
-    stream, mask = run.stream(count), run.mask(count)
-    # Boundaries of both models, of which an emulator may run as many layers, and two heads'
-    # cotangents.
-    beside: tuple = (run.shell, run.shell, (stream,) * (2 * run.num_layers + 2))
-    if not run.options.record.streams:
-        # The model as it was loaded and as it is split, and the emulator.
-        whole = place.params(run.shapes)
-        layers = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored),
-            [layer_shapes(run.config, shape) for shape in stored],
-        )
-        beside = (*beside, whole, whole, place.params(layers))
-    yield Program(
-        name="embedding",
-        function=embed_batch,
-        args=(run.config, run.shell, run.batch, jnp.dtype(run.dtype)),
-        times=2 * count,
-        beside=beside,
-    )
-    kinds = Counter(stored)
-    layers = {"the model's": (run.block, run.num_layers + run.split.num_blocks, run.num_middle)}
-    for index, (shape, number) in enumerate(kinds.items(), 1):
-        layers[f"the emulator's, kind {index}"] = (
-            jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.stored),
-                layer_shapes(run.config, shape),
-            ),
-            number,
-            number,
-        )
-    for whose, (layer, forward, back) in layers.items():
-        layer = place.params(layer)
-        yield Program(
-            name=f"comparison forward, one layer of {whose}",
-            function=forward_layer,
-            args=(run.apply(), layer, stream, mask),
-            times=forward,
-            beside=beside,
-        )
-        backward = {
-            "function": sweep_layer,
-            "args": (run.apply(), layer, None, stream, mask, Cotangents(stream, None)),
-            "beside": beside,
-        }
-        yield Program(
-            name=f"comparison back, one layer of {whose}",
-            kwargs={"with_gradient": False},
-            times=back,
-            **backward,
-        )
-        if whose == "the model's":
-            yield Program(
-                name="comparison back, one layer of the adapter",
-                kwargs={"with_gradient": True},
-                times=2 * run.split.num_blocks,
-                **backward,
-            )
-    yield Program(
-        name="head in the comparison",
-        function=head_of_batch,
-        args=(
-            run.config,
-            run.shell,
-            place.array(stream.shape[1:], run.dtype, "data"),
-            run.batch,
-            None,
-            False,
-        ),
-        times=2 * count,
-        beside=beside,
-    )

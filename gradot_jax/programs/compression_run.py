@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gradot_jax.calibration.passes import Cotangents, layer_function
+from gradot_jax.calibration.passes import Cotangents, embed_batch, layer_function
 from gradot_jax.methods.options import CompressionOptions
 from gradot_jax.models.family import ModelConfig, attention_windows
 from gradot_jax.models.params import get_block, model_shapes
 from gradot_jax.models.split import AdapterSpec
-from gradot_jax.programs.program import Place
+from gradot_jax.programs.program import Place, Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,3 +101,9 @@ class Run:
         stream = self.stream(self.num_batches)
         true_too = self.options.fisher == "mc" and self.options.reads_gradient
         return Cotangents(stream, stream if true_too else None)
+
+
+def embedding(run: Run, times: int, beside: tuple) -> Program:
+    """The program that begins every pass over text."""
+    args = (run.config, run.shell, run.batch, jnp.dtype(run.dtype))
+    return Program(name="embedding", function=embed_batch, args=args, times=times, beside=beside)
