@@ -125,7 +125,7 @@ class OnHosts(OnDevices):
 
         target = parse_target(self.target)
         prepare_environment(target)
-        from gradot_jax.cli.target import place_on
+        from gradot_jax.cli.forecast import place_on
 
         return place_on(target, self.mesh)
 
@@ -135,7 +135,7 @@ class OnHosts(OnDevices):
 
     def say_needs(self, place: "Place", programs: "list[Program]") -> None:
         """What the programs of a run take of each device, by the compiler of its place."""
-        from gradot_jax.cli.target import say_whether_it_fits
+        from gradot_jax.cli.forecast import say_whether_it_fits
         from gradot_jax.programs.target import parse_target
 
         target = None if self.target is None else parse_target(self.target)
